@@ -1,0 +1,499 @@
+"""The only user of undocumented Celery, kombu and billiard names.
+
+Each function names the release in which its door was read. The start-up
+self-check (`check_doors`) proves that they are there in the release at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import billiard.common
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery import signals, states
+from celery.app.task import Task
+from celery.concurrency import base as pools
+from celery.concurrency.asynpool import AsynPool
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from celery.utils import timer2
+from celery.utils.serialization import UnpickleableExceptionWrapper
+from celery.worker import request as requests
+from celery.worker import state
+from celery.worker.consumer import consumer as consumers
+from kombu.transport import virtual
+from kombu.utils.encoding import safe_repr
+
+logger = logging.getLogger("celery_resilience.delivery")
+
+# --- what a run ended with -----------------------------------------------------
+
+
+def exception_of(exc_info: ExceptionInfo) -> BaseException:
+    """The exception in what a pool hands over (billiard 4.3, ``einfo.py``)."""
+    exc: Any = exc_info.exception
+    found: BaseException = exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
+    return found
+
+
+def info_of(exc: BaseException) -> ExceptionInfo:
+    """An ExceptionInfo of *exc*, with the traceback that it has."""
+    try:
+        raise exc
+    except BaseException:
+        return ExceptionInfo()
+
+
+def with_exception(exc_info: ExceptionInfo, exc: BaseException) -> ExceptionInfo:
+    """*exc_info* with another exception and the same traceback."""
+    changed = copy.copy(exc_info)
+    changed.exception = exc
+    changed.type = type(exc)
+    return changed
+
+
+def wrapped_type(exc: BaseException) -> str | None:
+    """The true type's name when *exc* stands for one that cannot be pickled."""
+    if isinstance(exc, UnpickleableExceptionWrapper):
+        return f"{exc.exc_module}.{exc.exc_cls_name}"
+    return None
+
+
+def is_being_terminated() -> bool:
+    """
+    Child: billiard's handler of a terminate signal has run in this process.
+
+    A SystemExit seen from then on is its own, not the task's
+    (billiard 4.2 to 4.3, ``common.py:60``).
+    """
+    return bool(billiard.common._should_have_exited[0])
+
+
+#: BaseExceptions that steer the worker itself.
+WORKER_EXITS = (WorkerShutdown, WorkerTerminate)
+
+
+def is_worker_stopping() -> bool:
+    """Main process: a signal has asked this worker to stop, warm or cold."""
+    return state.should_stop not in (None, False) or state.should_terminate not in (
+        None,
+        False,
+    )
+
+
+# --- settling a request ----------------------------------------------------------
+
+
+def is_acknowledged_on(task: Task[Any, Any], *, time_limit: bool) -> bool:
+    """
+    Whether a late-acked task is acknowledged when it failed.
+
+    Celery 5.7 has one option each for failures and time limits; before it,
+    one for both.
+    """
+    flag = getattr(task, "acks_on_timeout" if time_limit else "acks_on_failure", None)
+    if flag is None:
+        flag = task.acks_on_failure_or_timeout
+    return True if flag is None else bool(flag)
+
+
+def task_ready(request: Any, *, successful: bool = False) -> None:
+    """Take *request* out of the worker's tables of running requests."""
+    state.task_ready(request, successful=successful)
+
+
+def fail_in_main(request: Any, exc: BaseException, exc_info: ExceptionInfo) -> None:
+    """
+    Tell Celery of a failure that no child has told it of: once, with context.
+
+    The result backend (with errbacks and chord), the task_failure signal and
+    the task-failed event, as ``worker/request.py:781`` does in Celery 5.7; the
+    caller acknowledges.
+    """
+    task = request.task
+    context = request._context
+    task.backend.mark_as_failure(
+        request.id, exc, request=context, store_result=request.store_errors
+    )
+    task.request_stack.push(context)
+    try:
+        signals.task_failure.send(
+            sender=task,
+            task_id=request.id,
+            exception=exc,
+            args=request.args,
+            kwargs=request.kwargs,
+            traceback=exc_info.traceback,
+            einfo=exc_info,
+        )
+    finally:
+        task.request_stack.pop()
+    request.send_event(
+        "task-failed", exception=safe_repr(exc), traceback=exc_info.traceback
+    )
+
+
+def call_failure_hooks(request: Any, exc: Exception, exc_info: ExceptionInfo) -> None:
+    """Task.on_failure and after_return, as Celery 5.7 calls them at a hard limit."""
+    task = request.task
+    task.on_failure(exc, request.id, request.args, request.kwargs, exc_info)
+    task.after_return(
+        states.FAILURE, exc, request.id, request.args, request.kwargs, exc_info
+    )
+
+
+def success_was_stored(request: Any) -> bool:
+    """
+    Whether the child stored SUCCESS before it died.
+
+    Celery 5.7 asks the backend, with at most three tries
+    (``worker/request.py:844``); earlier releases do not, and neither do we there.
+    """
+    asked = getattr(request, "_success_was_stored", None)
+    return bool(asked()) if asked is not None else False
+
+
+def retries_on_worker_lost(request: Any) -> bool:
+    """Whether Celery 5.7's own `retry_on_worker_lost` still has a retry left."""
+    task = request.task
+    if not getattr(task, "retry_on_worker_lost", None):
+        return False
+    limit = task.max_retries
+    return limit is None or request._context.retries < limit
+
+
+# --- messages and queues -----------------------------------------------------------
+
+#: The 28 levels of RabbitMQ's native delayed delivery, as they stand before
+#: the routing key of a message that has passed through them
+#: (``kombu/transport/native_delayed_delivery.py``, kombu 5.7).
+_DELAYED_EXCHANGE = re.compile(r"celery_delayed_\d+")
+_DELAYED_PREFIX = re.compile(r"^(?:[01]\.){28}")
+
+
+def queue_of(consumer: Any, message: Any) -> str:
+    """
+    The name of the queue that *message* was taken from.
+
+    AMQP tells the consumer tag, of which kombu keeps one for each queue
+    (kombu 5.7, ``messaging.py:404``). A virtual transport tells what the
+    message was published with.
+    """
+    info = message.delivery_info or {}
+    task_consumer = getattr(consumer, "task_consumer", None)
+    tag = info.get("consumer_tag")
+    if tag is not None and task_consumer is not None:
+        for name, active_tag in getattr(task_consumer, "_active_tags", {}).items():
+            if active_tag == tag:
+                return str(name)
+    exchange, routing_key = undelayed(
+        info.get("exchange") or "", info.get("routing_key") or ""
+    )
+    if not exchange:
+        return routing_key
+    consumed = consumer.app.amqp.queues.consume_from
+    for queue in consumed.values():
+        if queue.exchange.name == exchange and queue.routing_key == routing_key:
+            return str(queue.name)
+    channel = getattr(task_consumer, "channel", None)
+    if isinstance(channel, virtual.Channel):
+        for name in channel._lookup(exchange, routing_key):
+            if name in consumed:
+                return str(name)
+    return routing_key
+
+
+def queue_arguments(app: Any, connection: Any) -> dict[str, Any] | None:
+    """
+    Arguments for a queue of ours: the app's default type, no delivery limit.
+
+    RabbitMQ 4 drops a message of a quorum queue after 20 deliveries unless it
+    is told not to; RabbitMQ 3 knows no -1.
+    """
+    if connection.transport.driver_type != "amqp":
+        return None
+    kind = getattr(app.conf, "task_default_queue_type", "classic")
+    if kind != "quorum":
+        return None
+    properties = getattr(connection.connection, "server_properties", None) or {}
+    major = str(properties.get("version", "3")).split(".")[0]
+    arguments: dict[str, Any] = {"x-queue-type": "quorum"}
+    if major.isdigit() and int(major) >= 4:
+        arguments["x-delivery-limit"] = -1
+    return arguments
+
+
+def undelayed(exchange: str, routing_key: str) -> tuple[str, str]:
+    """Exchange and routing key without the marks of native delayed delivery."""
+    if _DELAYED_EXCHANGE.fullmatch(exchange):
+        return "", _DELAYED_PREFIX.sub("", routing_key)
+    return exchange, routing_key
+
+
+# --- what the consumer holds ---------------------------------------------------------
+
+
+def running_requests() -> set[Any]:
+    """The requests that a pool has accepted, without those that were cancelled."""
+    return {
+        request
+        for request in list(state.active_requests)
+        if not request._already_cancelled
+    }
+
+
+def requests_that_will_run(consumer: Any) -> set[Any]:
+    """
+    The requests that the pool does not give up any more.
+
+    A pool that cannot be flushed (threads, gevent, solo) runs what it was given.
+    """
+    requests = running_requests()
+    if not _is_event_loop_prefork(consumer.pool):
+        requests |= set(state.reserved_requests)
+    return requests
+
+
+def _is_event_loop_prefork(pool: Any) -> bool:
+    """The pool whose main process never blocks, on Redis and AMQP by default."""
+    return isinstance(getattr(pool, "_pool", None), AsynPool)
+
+
+def unblocked_timer(consumer: Any) -> Any:
+    """
+    A timer that fires while tasks run and while the pool is joined.
+
+    The asynchronous prefork pool keeps the event loop's timers going for both
+    (``concurrency/prefork.py:150``, Celery 5.7); with any other pool the main
+    thread may be busy with a task or a join, so that the timer has a thread.
+    """
+    if _is_event_loop_prefork(consumer.pool):
+        return consumer.timer
+    timer = getattr(consumer, "_resilience_timer", None)
+    if timer is None:
+        timer = consumer._resilience_timer = timer2.Timer(max_interval=1.0)
+    return timer
+
+
+def redis_channel(consumer: Any) -> Any:
+    """The channel of the task consumer when it emulates acks on Redis, else None."""
+    channel = getattr(getattr(consumer, "task_consumer", None), "channel", None)
+    if hasattr(channel, "unacked_index_key") and channel.ack_emulation:
+        return channel
+    return None
+
+
+def unacknowledged(channel: Any) -> dict[str, Any]:
+    """The messages that *channel* delivered and has not settled, by delivery tag."""
+    qos = channel.qos
+    while True:
+        try:
+            return {
+                tag: message
+                for tag, message in list(qos._delivered.items())
+                if tag not in qos._dirty
+            }
+        except RuntimeError:  # changed by the event loop's thread meanwhile
+            continue
+
+
+def keep_invisible(channel: Any, tags: list[str]) -> None:
+    """Start the visibility timeout of *tags* anew, unless they were given back."""
+    with channel.conn_or_acquire() as client:
+        now = time.time()
+        client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
+
+
+def stop_restoring(channel: Any) -> None:
+    """Keep kombu from giving back everything when *channel* is closed."""
+    channel.do_restore = False
+
+
+def adopt(channel: Any, message: Any) -> None:
+    """Let *message*, delivered on a channel that is gone, be settled on *channel*."""
+    message.channel = channel
+    channel.qos._quick_append(message.delivery_tag, message)
+
+
+def settle_tag(channel: Any, message: Any, how: str) -> None:
+    """Do on *channel* what failed on the one that *message* came by."""
+    adopt(channel, message)
+    errors = channel.connection_errors
+    if how == "acknowledge":
+        message.ack_log_error(logger, errors)
+    else:
+        message.reject_log_error(logger, errors, requeue=how == "requeue")
+
+
+def give_back(channel: Any, tag: str) -> None:
+    """Put a message that has not started back at the head of its queue."""
+    channel.qos.restore_by_tag(tag, leftmost=False)
+
+
+def guard_foreign_messages(
+    consumer: Any, on_foreign: Callable[[Any, str], None]
+) -> None:
+    """
+    Hand what is no kombu message to *on_foreign*, not to kombu.
+
+    On a virtual transport kombu has taken it from the queue already, and then
+    ends the worker (text that is no JSON) or reconnects (JSON without
+    properties); read in kombu 5.7, ``virtual/base.py:970`` and ``redis.py:1476``.
+    """
+    channel = getattr(consumer.task_consumer, "channel", None)
+    if not isinstance(channel, virtual.Channel):
+        return
+    transport = channel.connection
+    deliver = transport._deliver
+
+    def deliver_own(message: Any, queue: str) -> Any:
+        if _is_kombu_message(message):
+            return deliver(message, queue)
+        on_foreign(message, queue)
+        return None
+
+    transport._deliver = deliver_own
+    if hasattr(channel, "_brpop_read"):
+        _guard_brpop(channel, on_foreign)
+
+
+def _is_kombu_message(message: Any) -> bool:
+    properties = message.get("properties") if isinstance(message, dict) else None
+    return (
+        isinstance(properties, dict)
+        and "delivery_tag" in properties
+        and isinstance(properties.get("delivery_info"), dict)
+    )
+
+
+def _is_json(item: bytes) -> bool:
+    try:
+        json.loads(item)
+    except ValueError:
+        return False
+    return True
+
+
+def _guard_brpop(channel: Any, on_foreign: Callable[[Any, str], None]) -> None:
+    client = channel.client
+    parse_response = client.parse_response
+    read = channel.handlers["BRPOP"]
+    last: list[Any] = [None]
+
+    def parse_and_remember(*args: Any, **options: Any) -> Any:
+        last[0] = parse_response(*args, **options)
+        return last[0]
+
+    def read_own(**options: Any) -> Any:
+        last[0] = None
+        try:
+            return read(**options)
+        except ValueError:
+            destination, item = last[0] or (b"", b"{}")
+            if _is_json(item):
+                raise
+            queue = bytes(destination).decode(errors="replace")
+            on_foreign(bytes(item), queue.rsplit(channel.sep, 1)[0])
+            return True
+
+    client.parse_response = parse_and_remember
+    channel.handlers["BRPOP"] = read_own
+
+
+# --- the self-check ------------------------------------------------------------------
+
+
+def _has_parameters(function: Callable[..., Any], *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+def _request_class_is_subclassed() -> bool:
+    """The generated Request is a plain subclass with the two methods of its own."""
+
+    class Probe(requests.Request):
+        pass
+
+    class Pool:
+        def apply_async(self) -> None: ...
+
+    class Stub:
+        time_limit = soft_time_limit = None
+        acks_late = True
+
+    made = requests.create_request_cls(Probe, Stub(), Pool(), "", None, app=_ProbeApp())
+    return issubclass(made, Probe) and {"on_success", "execute_using_pool"} <= set(
+        vars(made)
+    )
+
+
+class _ProbeApp:
+    use_fast_trace_task = False
+
+
+#: Doors without which a failed task would not be kept: the worker refuses to start.
+CAPTURE_DOORS: Mapping[str, Callable[[], bool]] = {
+    "Request.on_failure(exc_info, send_failed_event, return_ok)": lambda: (
+        _has_parameters(
+            requests.Request.on_failure, "exc_info", "send_failed_event", "return_ok"
+        )
+    ),
+    "Request.on_timeout(soft, timeout)": lambda: _has_parameters(
+        requests.Request.on_timeout, "soft", "timeout"
+    ),
+    "Request.acknowledge() and reject(requeue)": lambda: (
+        callable(requests.Request.acknowledge)
+        and _has_parameters(requests.Request.reject, "requeue")
+    ),
+    "create_request_cls() subclasses the task's Request": _request_class_is_subclassed,
+    "Task.Request": lambda: isinstance(Task.Request, str),
+    "Consumer.create_task_handler()": lambda: callable(
+        consumers.Consumer.create_task_handler
+    ),
+    "Consumer.on_unknown_task(body, message, exc)": lambda: _has_parameters(
+        consumers.Consumer.on_unknown_task, "body", "message", "exc"
+    ),
+    "Consumer.on_invalid_task(body, message, exc)": lambda: _has_parameters(
+        consumers.Consumer.on_invalid_task, "body", "message", "exc"
+    ),
+    "Consumer.on_decode_error(message, exc)": lambda: _has_parameters(
+        consumers.Consumer.on_decode_error, "message", "exc"
+    ),
+}
+
+#: Doors without which one promise is weaker: the worker says so and starts.
+OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
+    "billiard.common._should_have_exited": lambda: isinstance(
+        billiard.common._should_have_exited, list
+    ),
+    "apply_target(callback)": lambda: _has_parameters(pools.apply_target, "callback"),
+    "Request._announce_revoked()": lambda: _has_parameters(
+        requests.Request._announce_revoked, "reason", "expired"
+    ),
+    "Request._announce_cancelled()": lambda: callable(
+        requests.Request._announce_cancelled
+    ),
+    "Consumer.on_connection_error_after_connected(exc)": lambda: _has_parameters(
+        consumers.Consumer.on_connection_error_after_connected, "exc"
+    ),
+    "virtual.QoS._delivered and _dirty": lambda: (
+        {"_delivered", "_dirty"} <= set(vars(virtual.QoS))
+    ),
+}
+
+
+def missing_doors(doors: Mapping[str, Callable[[], bool]]) -> list[str]:
+    """The doors that the installed Celery does not have."""
+    missing = []
+    for name, is_there in doors.items():
+        try:
+            if not is_there():
+                missing.append(name)
+        except Exception as exc:
+            missing.append(f"{name} ({type(exc).__name__}: {exc})")
+    return missing

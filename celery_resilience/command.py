@@ -1,0 +1,192 @@
+"""The `celery` sub-commands `failed` and `resilience`.
+
+Imported by every `celery` call, so that it imports nothing heavy until a verb
+runs; what a verb does is in `failed/command.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import click
+from celery.bin.base import CeleryCommand, handle_preload_options
+
+OUTPUTS = ("table", "json", "jsonl", "csv", "ids")
+
+
+def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """FILTERS, in the same words for every verb."""
+    options = [
+        click.option("--task", metavar="GLOB", help="The task's name."),
+        click.option("--queue", metavar="Q", help="The queue it came from."),
+        click.option("--failed-queue", metavar="Q", help="Its failed queue."),
+        click.option("--exception", metavar="GLOB", help="The exception's name."),
+        click.option("--message", metavar="TEXT", help="A part of its message."),
+        click.option("--reason", metavar="R", help="Why it failed."),
+        click.option("--group", metavar="FP", help="The start of a fingerprint."),
+        click.option("--since", metavar="TIME", help="Failed since: 2h, or ISO 8601."),
+        click.option("--until", metavar="TIME", help="Failed until: 2h, or ISO 8601."),
+        click.option(
+            "--state",
+            metavar="STATE",
+            help="unresolved (the default), replaying, resolved, discarded or all.",
+        ),
+        click.option(
+            "--arg", multiple=True, metavar="NAME=VALUE", help="An argument's value."
+        ),
+        click.option("--release", metavar="R", help="The app's release."),
+        click.option("--worker", metavar="GLOB", help="The worker's name."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _verb(name: str, *decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """A verb of `failed`; its function in `failed/command.py` has its name."""
+
+    def register(describe: Callable[..., None]) -> Callable[..., None]:
+        @click.pass_context
+        def run(context: click.Context, /, **words: Any) -> None:
+            module = import_module("celery_resilience.failed.command")
+            context.exit(module.run(context.obj.app, name, words))
+
+        run.__doc__ = describe.__doc__
+        command: Any = run
+        for decorate in reversed(decorators):
+            command = decorate(command)
+        failed.command(name=name, cls=CeleryCommand)(command)
+        return describe
+
+    return register
+
+
+_ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+_yes = click.option("--yes", is_flag=True, help="Do not ask.")
+_all = click.option("--all", "everything", is_flag=True, help="Every unresolved one.")
+_limit = click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="At most so many."
+)
+
+
+@click.group(name="failed")
+@click.pass_context
+@handle_preload_options
+def failed(context: click.Context) -> None:
+    """Show, replay and discard failed tasks."""
+
+
+@_verb(
+    "list",
+    _filters,
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        default=50,
+        show_default=True,
+        metavar="N",
+        help="At most so many.",
+    ),
+    click.option(
+        "-o", "--output", type=click.Choice(OUTPUTS), default="table", show_default=True
+    ),
+)
+def _list() -> None:
+    """List failed tasks, last failed first."""
+
+
+@_verb(
+    "show",
+    click.argument("ids", nargs=-1, required=True, metavar="ID..."),
+    click.option("-v", "--verbose", is_flag=True, help="Also headers and attempts."),
+    click.option("--raw", is_flag=True, help="The whole envelope, unredacted."),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+    ),
+)
+def _show() -> None:
+    """Show failed tasks by id, the start of it, or task id."""
+
+
+@_verb(
+    "stats",
+    click.option(
+        "--check",
+        "checks",
+        multiple=True,
+        metavar="RULE",
+        help="Exit 5 if it holds: 'unresolved>100', 'oldest>1h'.",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+    ),
+)
+def _stats() -> None:
+    """Count failed tasks by state, reason and task."""
+
+
+@_verb(
+    "replay",
+    _ids,
+    _filters,
+    _all,
+    _limit,
+    _yes,
+    click.option("--dry-run", is_flag=True, help="Say what would be sent."),
+    click.option("--to-queue", metavar="Q", help="Another queue than the original."),
+    click.option("--new-id", is_flag=True, help="Give each message a new task id."),
+    click.option("--wait", is_flag=True, help="Wait until every replay has ended."),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+    ),
+)
+def _replay() -> None:
+    """Send failed tasks again, with their chains, links and priority."""
+
+
+@_verb("discard", _ids, _filters, _all, _limit, _yes)
+def _discard() -> None:
+    """Mark failed tasks as never to be replayed; `reopen` undoes it."""
+
+
+@_verb("reopen", _ids, _filters, _limit, _yes)
+def _reopen() -> None:
+    """Undo a discard, or give up a replay that never came back."""
+
+
+@_verb(
+    "collect",
+    click.option("--once", is_flag=True, help="Empty the failed queues, and end."),
+)
+def _collect() -> None:
+    """Move failed tasks from their queues and the spool into the store."""
+
+
+@click.group(name="resilience")
+@click.pass_context
+@handle_preload_options
+def resilience(context: click.Context) -> None:
+    """Look after celery-resilience itself."""
+
+
+@resilience.command(cls=CeleryCommand)
+@click.option("--sql", is_flag=True, required=True, help="Print the statements.")
+@click.pass_context
+def schema(context: click.Context, sql: bool) -> None:
+    """Print the statements that make the store's tables."""
+    module = import_module("celery_resilience.failed.command")
+    context.exit(module.run(context.obj.app, "schema", {}))

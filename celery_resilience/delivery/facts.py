@@ -1,0 +1,88 @@
+"""What only the child knows about a run, on its way to the settlement.
+
+A prefork child sends one datagram before its result; the main process reads
+it when the result arrives. Pools that run tasks in the main process hand the
+facts over in the thread that runs the task and then its callback. A run
+without anything to tell sends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from collections import OrderedDict
+from threading import local
+from typing import Any
+
+#: The kernel refuses larger datagrams at its default buffer size of 208 KiB.
+MAX_BYTES = 131_072
+
+#: Seconds that a child waits for room in the main process's queue.
+SEND_TIMEOUT_S = 1.0
+
+#: Facts of results that never arrived are forgotten beyond this many.
+MAX_UNCLAIMED = 1_000
+
+
+class FactsChannel:
+    """
+    One queue of datagrams from all children to the main process.
+
+    Made before the pool forks. A spawned child has no copy of it and its facts
+    are lost: the settlement then describes the failure from the result.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_DGRAM
+        )
+        self._reader.setblocking(False)
+        seconds = int(SEND_TIMEOUT_S)
+        self._writer.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, 0)
+        )
+        self._main_pid = os.getpid()
+        self._here = local()
+        self._unclaimed: OrderedDict[tuple[int, str], dict[str, Any]] = OrderedDict()
+
+    def send(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Child, or the thread that runs the task: tell the facts of this run."""
+        if os.getpid() == self._main_pid:
+            self._here.facts = (task_id, facts)
+            return
+        data = json.dumps([os.getpid(), task_id, facts]).encode()
+        if len(data) <= MAX_BYTES:
+            try:
+                self._writer.send(data)
+            except OSError:
+                return
+
+    def take(self, pid: int | None, task_id: str) -> dict[str, Any]:
+        """Main process: the facts of the run that just ended, or {}."""
+        here = getattr(self._here, "facts", None)
+        if here is not None:
+            self._here.facts = None
+            if here[0] == task_id:
+                return dict(here[1])
+        self._receive()
+        if not self._unclaimed:
+            return {}
+        return self._unclaimed.pop((pid or 0, task_id), {})
+
+    def close(self) -> None:
+        """Main process: the pool has ended."""
+        self._reader.close()
+        self._writer.close()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                data = self._reader.recv(MAX_BYTES)
+            except OSError:
+                return
+            pid, task_id, facts = json.loads(data)
+            self._unclaimed[pid, task_id] = facts
+            while len(self._unclaimed) > MAX_UNCLAIMED:
+                self._unclaimed.popitem(last=False)

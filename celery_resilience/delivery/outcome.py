@@ -1,0 +1,91 @@
+"""How a delivery ended, as plain data.
+
+Every message that a worker takes ends in exactly one settlement; metrics,
+logs, tracing and the failed queue all hear that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from celery_resilience.delivery.failure import Failure
+
+
+class Outcome(StrEnum):
+    """What a settlement says."""
+
+    SUCCEEDED = "succeeded"
+    SKIPPED = "skipped"
+    RETRIED = "retried"
+    SNOOZED = "snoozed"
+    REQUEUED = "requeued"
+    FAILED = "failed"
+    REVOKED = "revoked"
+
+
+#: The event that is emitted with a settlement, by its outcome.
+EVENTS = {outcome: f"delivery.{outcome}" for outcome in Outcome}
+
+
+class Reason(StrEnum):
+    """Why a delivery failed; `failed list --reason` takes these."""
+
+    EXCEPTION = "exception"
+    RETRIES_EXHAUSTED = "retries_exhausted"
+    HARD_TIME_LIMIT = "hard_time_limit"
+    WORKER_LOST = "worker_lost"
+    MEMORY_LIMIT = "memory_limit"
+    REJECTED = "rejected"
+    UNKNOWN_TASK = "unknown_task"
+    UNDECODABLE = "undecodable"
+    NOT_ACCEPTED = "not_accepted"
+    MALFORMED = "malformed"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    CIRCUIT_OPEN = "circuit_open"
+    KEY_MISMATCH = "key_mismatch"
+    INTERRUPTED = "interrupted"
+    MANUAL = "manual"
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """
+    The one outcome of one delivery.
+
+    Attributes:
+        outcome: What became of the delivery.
+        reason: Of a failure, a `Reason`; of anything else a word or None.
+        attempt: Celery's number of the try, from 1.
+        run_s: Seconds from accept to settlement; None if it never started.
+        failure: What went wrong, when the outcome is failed.
+        args, kwargs: Redacted texts, when the outcome is failed.
+        arguments: The same by name, or by position where there is none.
+        in_chord: A chord waits for this task's result.
+        chain_length: Tasks that follow this one in its chain.
+        marks: What we had written on the message (replay, crashes, snoozes).
+        facts: What only the child knew: reason, peak memory, counts.
+    """
+
+    outcome: Outcome
+    reason: str | None
+    task: str
+    task_id: str
+    queue: str
+    worker: str
+    attempt: int = 1
+    root_id: str | None = None
+    parent_id: str | None = None
+    pid: int | None = None
+    run_s: float | None = None
+    failure: Failure | None = None
+    args: str = ""
+    kwargs: str = ""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    in_chord: bool = False
+    chain_length: int = 0
+    marks: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)

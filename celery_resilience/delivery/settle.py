@@ -1,0 +1,150 @@
+"""The deliveries that this worker holds, and the one way in which each ends.
+
+Runs in the main process: in the event loop's thread with an asynchronous
+prefork pool, in a pool's own threads with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from celery_resilience._celery import is_worker_stopping, queue_of
+from celery_resilience.delivery.facts import FactsChannel
+from celery_resilience.delivery.message import OriginalMessage, original_message
+from celery_resilience.delivery.outbox import Outbox
+from celery_resilience.delivery.outcome import Outcome, Settlement
+
+logger = logging.getLogger("celery_resilience.delivery")
+
+
+class Verdict(Protocol):
+    """What becomes of a run that ended with its process."""
+
+    @property
+    def runs(self) -> int:
+        """How many runs have ended so, this one included."""
+        ...
+
+    @property
+    def delay_s(self) -> float | None:
+        """Seconds until the next run; None: there is none."""
+        ...
+
+    @property
+    def marks(self) -> Mapping[str, Any]:
+        """Written on the message that is sent again."""
+        ...
+
+
+class Keeps(Protocol):
+    """What keeps failures: the room `failed`."""
+
+    def message_for(
+        self, settlement: Settlement, original: OriginalMessage
+    ) -> OriginalMessage | None:
+        """What must be stored before the ack: an envelope, a report, or nothing."""
+        ...
+
+
+class JudgesCrashes(Protocol):
+    """What bounds crashes: the room `crashes`."""
+
+    def judge(self, marks: Mapping[str, Any], max_crashes: int | None) -> Verdict: ...
+
+    def describe(self) -> str:
+        """Memory and host, for the record of a lost worker."""
+        ...
+
+
+class Admits(Protocol):
+    """What lets a suspect run alone: the room `crashes`."""
+
+    def admit(self, request: Any) -> bool: ...
+
+    def left(self, request: Any) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+class Deliveries:
+    """
+    Every delivery of a resilient task from its arrival to its settlement.
+
+    Attributes:
+        counts: Settlements by outcome since the worker started.
+        received: Deliveries since the worker started.
+        held: Requests that ended but wait for the outbox before their ack.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        outbox: Outbox,
+        facts: FactsChannel,
+        keeps: Keeps,
+        crashes: JudgesCrashes,
+        gate: Admits,
+    ) -> None:
+        self.worker = worker
+        self.outbox = outbox
+        self.facts = facts
+        self.keeps = keeps
+        self.crashes = crashes
+        self.gate = gate
+        self.consumer: Any = None
+        self.counts: Counter[Outcome] = Counter()
+        self.received = 0
+        self.held: set[Any] = set()
+        self._open: dict[int, Any] = {}
+        self._queues: dict[tuple[Any, ...], str] = {}
+
+    def opened(self, request: Any) -> None:
+        """A delivery has arrived."""
+        self.received += 1
+        self._open[id(request)] = request
+
+    def closed(self, request: Any, outcome: Outcome) -> None:
+        """A delivery is settled."""
+        self._open.pop(id(request), None)
+        self.counts[outcome] += 1
+
+    def drop_unstarted(self, keep: set[Any]) -> None:
+        """
+        The consumer lost or closed its connection: what has not started is not ours.
+
+        The broker delivers it again, here or elsewhere.
+
+        Args:
+            keep: The requests that the pool runs all the same.
+        """
+        self.gate.clear()
+        for request in list(self._open.values()):
+            if request not in keep:
+                request.dropped()
+
+    @property
+    def is_stopping(self) -> bool:
+        """A signal has asked the worker to stop."""
+        return is_worker_stopping()
+
+    def consumer_started(self, consumer: Any) -> None:
+        """The consumer is connected, for the first time or again."""
+        self.consumer = consumer
+        self._queues.clear()
+
+    def queue_of(self, message: Any) -> str:
+        """The queue that a kombu message was taken from."""
+        info = message.delivery_info or {}
+        key = (info.get("consumer_tag"), info.get("exchange"), info.get("routing_key"))
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = queue_of(self.consumer, message)
+        return queue
+
+    def original(self, message: Any) -> OriginalMessage:
+        """The original of a kombu message that this worker took."""
+        return original_message(message, self.queue_of(message))

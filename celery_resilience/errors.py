@@ -1,0 +1,160 @@
+"""Every exception that this package raises on purpose.
+
+An exception's docstring is its message when it is raised without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from celery.exceptions import Ignore, ImproperlyConfigured, Retry
+
+from celery_resilience.redaction import safe_text
+
+
+class ResilienceError(Exception):
+    """Something in celery-resilience went wrong."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").split("\n")[0])
+
+
+class ConfigurationError(ResilienceError, ImproperlyConfigured):
+    """A setting or a task option has a value that is not accepted."""
+
+
+class MissingExtra(ResilienceError, ImportError):
+    """A library is needed that is not installed."""
+
+    @classmethod
+    def of(cls, library: str, extra: str, why: str) -> MissingExtra:
+        """Name the library, the extra that brings it, and what asked for it."""
+        return cls(
+            f"{why} needs {library}, which is not installed: "
+            f"pip install 'celery-resilience[{extra}]'"
+        )
+
+
+class StoreUnavailable(ResilienceError):
+    """The store did not answer; nothing is known about what it holds."""
+
+
+class SchemaMismatch(ResilienceError):
+    """The store's tables were made by another release of celery-resilience."""
+
+
+class BrokerUnavailable(ResilienceError):
+    """The broker did not answer within the time limit."""
+
+
+class PublishRefused(ResilienceError):
+    """The broker answered, and did not take the message."""
+
+
+class NoRoute(PublishRefused):
+    """NO_ROUTE: the broker has no queue of that name."""
+
+
+class NotFound(ResilienceError):
+    """There is no failed task with that id."""
+
+
+class RetryNotPublished(ResilienceError):
+    """The task's retry could not be published."""
+
+    @classmethod
+    def of(cls, publish_error: object, cause: object) -> RetryNotPublished:
+        """Name what the broker said, and what the task had raised."""
+        raised = ""
+        if cause is not None:
+            raised = f"; the task had raised {type(cause).__name__}: {safe_text(cause)}"
+        return cls(
+            f"the retry could not be published: {safe_text(publish_error)}{raised}"
+        )
+
+
+class TaskExited(ResilienceError):
+    """The task raised SystemExit or another exception that is not an Exception.
+
+    It stands in for the original in the result backend, where the original
+    would end the process of whoever asks for the result.
+    """
+
+
+class TaskRanOutOfMemory(ResilienceError):
+    """The task raised MemoryError.
+
+    It stands in for the original in the worker's main process, where Celery
+    5.7 takes a MemoryError for its own and exits
+    (``celery/worker/request.py:679``).
+    """
+
+
+class Skip(Exception):
+    """End the task as SUCCESS without its effect; chains and chords go on.
+
+    Args:
+        reason: Why, for the log and the counts.
+        result: What is stored as the task's result.
+    """
+
+    def __init__(self, reason: str = "", result: Any = None) -> None:
+        super().__init__(reason, result)
+        self.reason = reason
+        self.result = result
+
+
+class Snooze(Retry):
+    """Run the task again later without spending a retry.
+
+    Args:
+        countdown_s: Seconds until it runs again, at least 0.
+        reason: Why, for the log and the counts.
+    """
+
+    def __init__(self, countdown_s: float, reason: str = "") -> None:
+        if countdown_s < 0:
+            raise ValueError(f"countdown_s must be at least 0, got {countdown_s!r}")
+        when: Any = countdown_s
+        super().__init__(message=reason or "snoozed", when=when)
+        self.countdown_s = countdown_s
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.countdown_s, self.reason)
+
+
+class SendAgain(Ignore):
+    """Tell the main process to send this delivery's message again, unchanged in state.
+
+    Raised by our own rooms before the body starts, never by a task.
+    """
+
+    def __init__(self, reason: str, delay_s: float, marks: Mapping[str, Any]) -> None:
+        super().__init__(reason, delay_s, dict(marks))
+        self.reason = reason
+        self.delay_s = delay_s
+        self.marks = dict(marks)
+
+
+class DropDelivery(Ignore):
+    """Tell the main process to acknowledge this delivery without running it.
+
+    Raised by our own rooms before the body starts, never by a task.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class TooManyCrashes(ResilienceError):
+    """Every allowed run of this task ended with its process."""
+
+    def __init__(self, message: str | None = None, runs: int = 0) -> None:
+        super().__init__(message)
+        self.runs = runs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.runs)

@@ -1,0 +1,120 @@
+"""Where failed tasks are kept: what a store must do, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from celery_resilience.delivery.message import OriginalMessage
+from celery_resilience.failed.filters import Filter
+from celery_resilience.failed.record import FailedTask, Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """
+    One record that is taken for a replay, by nobody else.
+
+    Attributes:
+        token: Names this replay; the worker runs a message only with the
+            record's current one.
+        number: How often the record was claimed, this time included.
+        reason: Why the task failed last.
+        in_chord: A chord waits for the task's result.
+    """
+
+    id: str
+    token: str
+    number: int
+    task: str
+    task_id: str
+    reason: str
+    original: OriginalMessage
+    in_chord: bool = False
+
+
+class FailedTaskStore(Protocol):
+    """
+    Failed tasks, safe to use from several processes at once.
+
+    Every method raises StoreUnavailable when the store does not answer, and
+    then nothing is known about what it did.
+    """
+
+    def keep(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Take documents from failed queues in; the same one again changes nothing."""
+        ...
+
+    def list(self, wanted: Filter, *, limit: int | None = None) -> Iterator[Summary]:
+        """The failed tasks that match, last failed first, in flat memory."""
+        ...
+
+    def count(self, wanted: Filter) -> int:
+        """How many match."""
+        ...
+
+    def get(self, id: str) -> FailedTask | None:
+        """One failed task with its message."""
+        ...
+
+    def resolve(self, start: str, *, limit: int = 2) -> Sequence[str]:
+        """The ids that begin with *start*, or whose task id is *start*."""
+        ...
+
+    def claim(self, ids: Sequence[str]) -> Sequence[Claim]:
+        """Take those of *ids* that are unresolved for a replay."""
+        ...
+
+    def mark_sent(self, claims: Sequence[tuple[Claim, str | None]]) -> None:
+        """
+        The broker has the messages of these claims.
+
+        Args:
+            claims: Each with the task id it was sent with, where that is new.
+        """
+        ...
+
+    def release(self, claim: Claim, note: str) -> None:
+        """Nothing was sent for *claim*: its record is unresolved again."""
+        ...
+
+    def finish(self, ids: Sequence[str], note: str) -> None:
+        """Resolve replays that no worker will report."""
+        ...
+
+    def take_stale_claims(self, *, older_than_s: float, limit: int) -> Sequence[Claim]:
+        """Claims whose owner died before it sent them, with their old token."""
+        ...
+
+    def start(self, id: str, *, token: str, copy: str) -> bool:
+        """
+        Ask for leave to run a replayed message.
+
+        Args:
+            id: The record.
+            token: Of the replay that the message belongs to.
+            copy: Names the message; a replay may have two after a crash.
+
+        Returns:
+            True for the first copy of the current replay, each time that it is
+            delivered, and where the record is gone. False for any other.
+        """
+        ...
+
+    def discard(self, ids: Sequence[str]) -> int:
+        """Mark unresolved ones as never to be replayed; returns how many were."""
+        ...
+
+    def reopen(self, ids: Sequence[str]) -> int:
+        """
+        Make discarded ones unresolved again; returns how many were.
+
+        A replay that never came back is reopened too: its message, should it
+        still come, is not run.
+        """
+        ...
+
+    def stats(self) -> Mapping[str, Any]:
+        """Counts by state, and of the unresolved by reason, task and age."""
+        ...

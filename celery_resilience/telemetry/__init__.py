@@ -1,0 +1,1 @@
+"""What happened, for whoever looks: observers of every room."""

@@ -1,0 +1,251 @@
+"""The worker's half of `install.py`: imported only in a worker's main process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import click
+from celery import bootsteps, signals
+from celery.utils.imports import symbol_by_name
+
+from celery_resilience import _celery
+from celery_resilience.crashes.gate import Gate
+from celery_resilience.crashes.judge import CrashJudge
+from celery_resilience.crashes.task import StartGuard
+from celery_resilience.delivery.bootstep import delivery_step
+from celery_resilience.delivery.consumer import build_consumer_class
+from celery_resilience.delivery.facts import FactsChannel
+from celery_resilience.delivery.outbox import Outbox
+from celery_resilience.delivery.publisher import Publisher
+from celery_resilience.delivery.redis_visibility import RedisVisibility
+from celery_resilience.delivery.request import build_request_class
+from celery_resilience.delivery.settle import Deliveries
+from celery_resilience.errors import ConfigurationError
+from celery_resilience.failed.bootstep import CollectorStep
+from celery_resilience.failed.capture import Capture
+from celery_resilience.failed.spool import Spool
+from celery_resilience.failed.task import ReplayFence
+from celery_resilience.install import ChildRooms, Installation
+from celery_resilience.task import ResilientTask
+from celery_resilience.telemetry.log import FailureLog, WorkerLog
+
+logger = logging.getLogger("celery_resilience.worker")
+
+
+class WorkerSetup:
+    """
+    celery-resilience in one worker.
+
+    Args:
+        installation: What is installed in the app.
+        worker: Celery's WorkController, before its bootsteps are made.
+    """
+
+    def __init__(self, installation: Installation, worker: Any) -> None:
+        self.installation = installation
+        self.app = installation.app
+        self.worker = worker
+        settings = installation.settings
+        self.worker_id = f"{worker.hostname}:{os.getpid()}:{time.time():.0f}"
+        self.failed_queues = installation.failed_queues()
+        self.publisher = Publisher(self.app)
+        self.deliveries = Deliveries(
+            worker=worker.hostname,
+            outbox=Outbox(
+                self.publisher,
+                clock=time.monotonic,
+                spool=None if settings.spool_dir is None else Spool(settings.spool_dir),
+            ),
+            facts=FactsChannel(),
+            keeps=Capture(
+                namespace=settings.namespace,
+                default_queue=settings.failed_queue,
+                routes=settings.failed_routes,
+                own_queue=self._failed_queue_of,
+                clock=time.time,
+                release=settings.release,
+            ),
+            crashes=CrashJudge(
+                max_crashes=installation.max_crashes,
+                window_s=settings.crash_window_s,
+                clock=time.time,
+            ),
+            gate=Gate(lambda request: worker._process_task(request)),
+        )
+        self.starts = StartGuard(
+            installation.start_store,
+            max_crashes=installation.max_crashes,
+            window_s=settings.crash_window_s,
+            worker=self.worker_id,
+        )
+        self.weak_doors = _celery.missing_doors(_celery.OTHER_DOORS)
+
+    def check(self) -> None:
+        """
+        Refuse to start what could not keep a failed task.
+
+        Raises:
+            ConfigurationError: The message says what is wrong, all at once.
+        """
+        missing = _celery.missing_doors(_celery.CAPTURE_DOORS)
+        if missing:
+            raise ConfigurationError(
+                "this release of Celery lacks what celery-resilience needs to keep "
+                f"failed tasks: {', '.join(missing)}. Upgrade celery-resilience, or "
+                "set resilience_enabled = False to run without it"
+            )
+        consumed = set(self.app.amqp.queues.consume_from) & set(self.failed_queues)
+        if consumed:
+            raise ConfigurationError(
+                f"{', '.join(sorted(consumed))}: a failed queue cannot be consumed as "
+                "tasks. Take it out of -Q and task_queues; `celery -A app failed "
+                "collect` or --collect-failed empties it"
+            )
+        if self.collects and self.installation.store_choice.url is None:
+            raise ConfigurationError(
+                "resilience_store_url is not set, and --collect-failed needs a store"
+            )
+
+    @property
+    def collects(self) -> bool:
+        """This worker also runs the collector."""
+        flag = self.installation.flags.get("collect_failed")
+        return bool(self.installation.settings.collect_failed if flag is None else flag)
+
+    def apply(self) -> None:
+        """Put our classes and steps in the places that Celery reads them from."""
+        installation, worker = self.installation, self.worker
+        visibility = RedisVisibility(self.deliveries)
+        worker.consumer_cls = build_consumer_class(
+            symbol_by_name(worker.consumer_cls),
+            deliveries=self.deliveries,
+            visibility=visibility,
+            prepare_tasks=self._prepare_tasks,
+            is_failed_queue=lambda name: name in self.failed_queues,
+        )
+        step = delivery_step(self.deliveries, visibility)
+        replace_step(self.app, "consumer", step)
+        installation.child = ChildRooms(
+            fence=ReplayFence(installation.failed_store),
+            starts=self.starts,
+            facts=self.deliveries.facts,
+            is_ending=_is_ending,
+        )
+        FailureLog(installation.settings.log_format).attach()
+        log = WorkerLog(self.deliveries, self.start_line)
+        uid = f"celery_resilience-{id(self.app)}"
+        hostname = worker.hostname
+
+        def on_ready(sender: Any = None, **_: Any) -> None:
+            if getattr(sender, "app", None) is self.app:
+                log.started(self.weak_doors)
+
+        def on_shutting_down(sender: Any = None, **_: Any) -> None:
+            if sender == hostname:
+                # What this stop cuts off is no crash; the store may be slow.
+                threading.Thread(target=self.starts.forget_worker, daemon=True).start()
+
+        def on_shutdown(sender: Any = None, **_: Any) -> None:
+            if sender is worker:
+                self.publisher.close()
+                log.stopped()
+
+        signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
+        signals.worker_shutting_down.connect(
+            on_shutting_down, weak=False, dispatch_uid=uid
+        )
+        signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
+
+    def start_line(self) -> str:
+        """What an operator should know of this worker, in one line."""
+        from celery_resilience import __version__
+        from celery_resilience.settings import without_password
+
+        installation = self.installation
+        settings, choice = installation.settings, installation.store_choice
+        kept = (
+            f"kept in {without_password(choice.url)} ({choice.why})"
+            if choice.url
+            else f"kept in no store: {choice.why}"
+        )
+        spool = settings.spool_dir or "none: messages stay unacknowledged"
+        return (
+            f"celery-resilience {__version__}: failed tasks of {settings.namespace!r} "
+            f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
+            f"at most {installation.max_crashes} crashes; "
+            f"{'collects here' if self.collects else 'does not collect here'}"
+        )
+
+    def _failed_queue_of(self, task_name: str) -> str | bool | None:
+        task = self.app.tasks.get(task_name)
+        return task.failed_queue if isinstance(task, ResilientTask) else None
+
+    def _prepare_tasks(self) -> None:
+        """Give every resilient task our Request, on top of the one that it has."""
+        for task in self.app.tasks.values():
+            if isinstance(task, ResilientTask) and not task.name.startswith("celery."):
+                base: Any = symbol_by_name(task.Request)
+                if getattr(base, "deliveries", None) is not self.deliveries:
+                    ours: Any = build_request_class(base, self.deliveries)
+                    task.Request = ours
+
+
+def prepare_worker(installation: Installation, worker: Any) -> None:
+    """
+    Set celery-resilience up in *worker*, or make it refuse to start.
+
+    Celery swallows what a signal's receiver raises, so that a refusal is raised
+    by a bootstep.
+    """
+    refusal: ConfigurationError | None = None
+    setup: WorkerSetup | None = None
+    try:
+        if not installation.settings.enabled:
+            return
+        setup = WorkerSetup(installation, worker)
+        setup.check()
+        setup.apply()
+    except ConfigurationError as exc:
+        refusal = exc
+    app = installation.app
+    step = type("ResilienceStep", (ResilienceStep,), {"refusal": refusal})
+    replace_step(app, "worker", step)
+    app.steps["worker"].discard(CollectorStep)
+    if setup is not None and refusal is None and setup.collects:
+        app.steps["worker"].add(CollectorStep)
+
+
+def replace_step(app: Any, blueprint: str, step: Any) -> None:
+    """Add a bootstep in place of one of the same name, of an earlier worker."""
+    steps = app.steps[blueprint]
+    for known in [s for s in steps if getattr(s, "name", None) == step.name]:
+        steps.discard(known)
+    steps.add(step)
+
+
+class ResilienceStep(bootsteps.Step):
+    """Ends the start of a worker that would lose failed tasks."""
+
+    name = "celery_resilience.worker.ResilienceStep"
+
+    refusal: ConfigurationError | None = None
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        if self.refusal is not None:
+            if click.get_current_context(silent=True) is not None:
+                raise SystemExit(f"celery-resilience: {self.refusal}")
+            raise self.refusal
+        super().__init__(worker, **kwargs)
+
+
+def _is_ending(exc: BaseException) -> bool:
+    """An exception that ends the process, and is not the task's own."""
+    return (
+        isinstance(exc, _celery.WORKER_EXITS)
+        or (not isinstance(exc, Exception) and _celery.is_being_terminated())
+        or type(exc).__module__.partition(".")[0] in ("gevent", "greenlet")
+    )

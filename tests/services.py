@@ -1,0 +1,458 @@
+"""Private servers for tests, the demo and the benchmarks.
+
+Each is an instance of its own on a free port in a temporary folder, which its
+owner may kill. A server's program is looked for in the environment
+(`RESILIENCE_REDIS_SERVER=/path/to/redis-server`), then on PATH and in the
+folders where Debian puts it; else a container engine is asked; else, for root,
+Debian's package is installed. `python -m tests.services redis rabbitmq` does
+that search and installs what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import glob
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+START_TIMEOUT_S = 90
+STOP_TIMEOUT_S = 20
+
+
+class Missing(Exception):
+    """A server cannot be had on this machine."""
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Service:
+    """
+    One private server.
+
+    Attributes:
+        name: Such as "redis".
+        package: Debian's package.
+        image: The container image, and the port inside it.
+        programs: Programs, by name, that must be found.
+        folders: Where they may be besides PATH; globs.
+    """
+
+    name: str
+    package: str
+    image: tuple[str, int]
+    programs: Sequence[str]
+    folders: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"resilience-{self.name}-"))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._container: str | None = None
+        self._is_prepared = False
+
+    # --- to be written for each server ------------------------------------------
+
+    def command(self) -> Sequence[str]:
+        """The command that runs the server in the foreground."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Variables for the command, besides the present ones."""
+        return {}
+
+    def container_environment(self) -> dict[str, str]:
+        """Variables for the container."""
+        return {}
+
+    def prepare(self) -> None:
+        """Make the data folder; called once."""
+
+    def user(self) -> str | None:
+        """The user that must run the server instead of root."""
+        return None
+
+    def is_ready(self) -> bool:
+        """Whether the server answers."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        """The URL for Celery or SQLAlchemy."""
+        raise NotImplementedError
+
+    # --- what tests use -------------------------------------------------------------
+
+    @classmethod
+    def program(cls, name: str) -> str | None:
+        """The path of one of the server's programs, or None."""
+        variable = f"RESILIENCE_{name.upper().replace('-', '_')}"
+        if os.environ.get(variable):
+            return os.environ[variable]
+        for pattern in cls.folders:
+            for path in sorted(glob.glob(f"{pattern}/{name}"), reverse=True):
+                return path
+        return shutil.which(name)
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether all its programs are on this machine."""
+        return all(cls.program(name) for name in cls.programs)
+
+    @classmethod
+    def provide(cls) -> str:
+        """
+        Make sure that the server can be started, and say how.
+
+        Raises:
+            Missing: It cannot.
+        """
+        if cls.is_installed():
+            return str(cls.program(cls.programs[0]))
+        if has_container_engine():
+            return f"container {cls.image[0]}"
+        if os.geteuid() == 0 and shutil.which("apt-get"):
+            install_packages([cls.package])
+            if cls.is_installed():
+                return str(cls.program(cls.programs[0]))
+        raise Missing(
+            f"{cls.name}: no {cls.programs[0]} in the environment, on PATH or in a "
+            f"container, and {cls.package} cannot be installed"
+        )
+
+    def start(self) -> None:
+        """Start it, for the first time or again, and wait until it answers."""
+        if self.is_installed():
+            if not self._is_prepared:
+                self._own_folder()
+                self.prepare()
+                self._is_prepared = True
+            self._spawn(self.command())
+        else:
+            self._start_container()
+        wait_for(self.is_ready, START_TIMEOUT_S, f"{self.name} on port {self.port}")
+
+    def stop(self) -> None:
+        """Stop it gently."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it with what it was doing."""
+        self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Let it keep its connections and answer nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._signal(signal.SIGCONT)
+
+    def remove(self) -> None:
+        """Stop it and remove its data."""
+        self.thaw()
+        self._end(signal.SIGTERM)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _own_folder(self) -> None:
+        user = self.user()
+        if user is not None:
+            shutil.chown(self.folder, user)
+
+    def _spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        with open(self.folder / "server.log", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self.folder,
+                env={**os.environ, **self.environment()},
+                start_new_session=True,
+                user=self.user(),
+            )
+        self.processes.append(process)
+        return process
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._container is not None:
+            _docker("kill", f"--signal={number.name}", self._container)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._container is not None:
+            _docker("rm", "--force", self._container)
+            self._container = None
+        for process in reversed(self.processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.processes.clear()
+
+    def _start_container(self) -> None:
+        image, port = self.image
+        variables = [f"--env={k}={v}" for k, v in self.container_environment().items()]
+        self._container = _docker(
+            "run",
+            "--detach",
+            f"--publish=127.0.0.1:{self.port}:{port}",
+            *variables,
+            image,
+        ).strip()
+
+
+class Redis(Service):
+    """Redis that keeps what it is told over a kill."""
+
+    name = "redis"
+    package = "redis-server"
+    image = ("redis:7-alpine", 6379)
+    programs = ("redis-server",)
+
+    def command(self) -> Sequence[str]:
+        return [
+            str(self.program("redis-server")),
+            *("--port", str(self.port)),
+            *("--bind", "127.0.0.1"),
+            *("--dir", str(self.folder)),
+            *("--appendonly", "yes"),
+            *("--appendfsync", "always"),
+            *("--save", ""),
+        ]
+
+    def is_ready(self) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.sendall(b"PING\r\n")
+            return sock.recv(16).startswith(b"+PONG")
+        return False
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+class RabbitMQ(Service):
+    """RabbitMQ with an epmd of its own, which ends with it."""
+
+    name = "rabbitmq"
+    package = "rabbitmq-server"
+    image = ("rabbitmq:3-alpine", 5672)
+    programs = ("rabbitmq-server", "epmd")
+    folders = ("/usr/lib/rabbitmq/bin", "/usr/lib/erlang/erts-*/bin")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epmd_port = free_port()
+        self.dist_port = free_port()
+
+    def prepare(self) -> None:
+        (self.folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "log.console = false\nlog.file.level = error\n"
+            "vm_memory_high_watermark.relative = 0.8\n"
+            "disk_free_limit.absolute = 50MB\n"
+        )
+        (self.folder / "plugins").write_text("[].\n")
+
+    def environment(self) -> dict[str, str]:
+        folder = str(self.folder)
+        return {
+            "HOME": folder,
+            "ERL_EPMD_PORT": str(self.epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"resilience{self.port}@localhost",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_DIST_PORT": str(self.dist_port),
+            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq",
+            "RABBITMQ_CONF_ENV_FILE": f"{folder}/none",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
+            "RABBITMQ_MNESIA_BASE": f"{folder}/mnesia",
+            "RABBITMQ_LOG_BASE": f"{folder}/log",
+            "RABBITMQ_PID_FILE": f"{folder}/pid",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface "
+            "{127,0,0,1} +S 2:2",
+        }
+
+    def command(self) -> Sequence[str]:
+        self._spawn([str(self.program("epmd")), "-port", str(self.epmd_port)])
+        return [str(self.program("rabbitmq-server"))]
+
+    def is_ready(self) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.sendall(b"AMQP\x00\x00\x09\x01")
+            sock.settimeout(2)
+            return sock.recv(1) == b"\x01"
+        return False
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+
+class PostgreSQL(Service):
+    """PostgreSQL with one database and no password."""
+
+    name = "postgresql"
+    package = "postgresql"
+    image = ("postgres:16-alpine", 5432)
+    programs = ("postgres", "initdb")
+    folders = ("/usr/lib/postgresql/*/bin",)
+
+    def user(self) -> str | None:
+        if os.geteuid() != 0:
+            return None
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam("postgres").pw_name
+        return "nobody"
+
+    def prepare(self) -> None:
+        subprocess.run(
+            [
+                str(self.program("initdb")),
+                *("--pgdata", f"{self.folder}/data"),
+                *("--username", "shop"),
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--no-sync",
+            ],
+            check=True,
+            capture_output=True,
+            user=self.user(),
+            cwd=self.folder,
+        )
+
+    def command(self) -> Sequence[str]:
+        return [
+            str(self.program("postgres")),
+            *("-D", f"{self.folder}/data"),
+            *("-p", str(self.port)),
+            *("-c", "listen_addresses=127.0.0.1"),
+            *("-c", f"unix_socket_directories={self.folder}"),
+        ]
+
+    def container_environment(self) -> dict[str, str]:
+        return {"POSTGRES_USER": "shop", "POSTGRES_HOST_AUTH_METHOD": "trust"}
+
+    def is_ready(self) -> bool:
+        # A server that still starts answers with an error, "E"; one that is
+        # ready asks for nothing more, "R".
+        body = b"\x00\x03\x00\x00user\x00shop\x00database\x00postgres\x00\x00"
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.settimeout(2)
+            sock.sendall((len(body) + 4).to_bytes(4, "big") + body)
+            return sock.recv(1) == b"R"
+        return False
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://shop@127.0.0.1:{self.port}/postgres"
+
+
+SERVICES: dict[str, type[Service]] = {
+    service.name: service for service in (Redis, RabbitMQ, PostgreSQL)
+}
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[Service]:
+    """
+    A private server for the length of a block.
+
+    Raises:
+        Missing: It cannot be had here.
+    """
+    SERVICES[name].provide()
+    service = SERVICES[name]()
+    try:
+        service.start()
+        yield service
+    finally:
+        service.remove()
+
+
+def wait_for(holds: Callable[[], bool], within_s: float, what: str) -> None:
+    """Poll until *holds*; raises TimeoutError naming *what*."""
+    end = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not within {within_s} s")
+        time.sleep(0.05)
+
+
+@functools.cache
+def has_container_engine() -> bool:
+    """Whether a container engine runs, not only its client."""
+    if shutil.which("docker") is None:
+        return False
+    done = subprocess.run(["docker", "info"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def install_packages(packages: Sequence[str]) -> None:
+    """Install Debian packages without starting their services."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    for command in (
+        ["apt-get", "-qq", "update"],
+        ["apt-get", "-qq", "install", "--no-install-recommends", "--yes", *packages],
+    ):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False
+        )
+        if done.returncode != 0:
+            raise Missing(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+
+
+def _docker(*words: str) -> str:
+    return subprocess.run(
+        ["docker", *words], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def main() -> int:
+    """Look for servers, install what is missing, and say what was found."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", default=list(SERVICES))
+    missing = 0
+    for name in parser.parse_args().names:
+        try:
+            print(f"{name}: {SERVICES[name].provide()}")
+        except Missing as exc:
+            print(f"missing {exc}", file=sys.stderr)
+            missing += 1
+    return 1 if missing and os.environ.get("CI") == "true" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
