@@ -1,4 +1,4 @@
-"""The only user of undocumented Celery, kombu and billiard names.
+"""The only user of undocumented Celery and billiard names; `_kombu` has kombu's.
 
 Each function names the release in which its door was read. The start-up
 self-check (`check_doors`) proves that they are there in the release at hand.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import logging
-import re
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,10 +23,9 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
 from celery.worker.consumer import consumer as consumers
-from kombu.transport import virtual
 from kombu.utils.encoding import safe_repr
 
-logger = logging.getLogger("celery_resilience.delivery")
+from celery_resilience._kombu import kombu_is_as_read
 
 # --- what a run ended with -----------------------------------------------------
 
@@ -168,74 +163,6 @@ def retries_on_worker_lost(request: Any) -> bool:
     return limit is None or request._context.retries < limit
 
 
-# --- messages and queues -----------------------------------------------------------
-
-#: The 28 levels of RabbitMQ's native delayed delivery, as they stand before
-#: the routing key of a message that has passed through them
-#: (``kombu/transport/native_delayed_delivery.py``, kombu 5.7).
-_DELAYED_EXCHANGE = re.compile(r"celery_delayed_\d+")
-_DELAYED_PREFIX = re.compile(r"^(?:[01]\.){28}")
-
-
-def queue_of(consumer: Any, message: Any) -> str:
-    """
-    The name of the queue that *message* was taken from.
-
-    AMQP tells the consumer tag, of which kombu keeps one for each queue
-    (kombu 5.7, ``messaging.py:404``). A virtual transport tells what the
-    message was published with.
-    """
-    info = message.delivery_info or {}
-    task_consumer = getattr(consumer, "task_consumer", None)
-    tag = info.get("consumer_tag")
-    if tag is not None and task_consumer is not None:
-        for name, active_tag in getattr(task_consumer, "_active_tags", {}).items():
-            if active_tag == tag:
-                return str(name)
-    exchange, routing_key = undelayed(
-        info.get("exchange") or "", info.get("routing_key") or ""
-    )
-    if not exchange:
-        return routing_key
-    consumed = consumer.app.amqp.queues.consume_from
-    for queue in consumed.values():
-        if queue.exchange.name == exchange and queue.routing_key == routing_key:
-            return str(queue.name)
-    channel = getattr(task_consumer, "channel", None)
-    if isinstance(channel, virtual.Channel):
-        for name in channel._lookup(exchange, routing_key):
-            if name in consumed:
-                return str(name)
-    return routing_key
-
-
-def queue_arguments(app: Any, connection: Any) -> dict[str, Any] | None:
-    """
-    Arguments for a queue of ours: the app's default type, no delivery limit.
-
-    RabbitMQ 4 drops a message of a quorum queue after 20 deliveries unless it
-    is told not to; RabbitMQ 3 knows no -1.
-    """
-    if connection.transport.driver_type != "amqp":
-        return None
-    kind = getattr(app.conf, "task_default_queue_type", "classic")
-    if kind != "quorum":
-        return None
-    properties = getattr(connection.connection, "server_properties", None) or {}
-    major = str(properties.get("version", "3")).split(".")[0]
-    arguments: dict[str, Any] = {"x-queue-type": "quorum"}
-    if major.isdigit() and int(major) >= 4:
-        arguments["x-delivery-limit"] = -1
-    return arguments
-
-
-def undelayed(exchange: str, routing_key: str) -> tuple[str, str]:
-    """Exchange and routing key without the marks of native delayed delivery."""
-    if _DELAYED_EXCHANGE.fullmatch(exchange):
-        return "", _DELAYED_PREFIX.sub("", routing_key)
-    return exchange, routing_key
-
-
 # --- what the consumer holds ---------------------------------------------------------
 
 
@@ -279,131 +206,6 @@ def unblocked_timer(consumer: Any) -> Any:
     if timer is None:
         timer = consumer._resilience_timer = timer2.Timer(max_interval=1.0)
     return timer
-
-
-def redis_channel(consumer: Any) -> Any:
-    """The channel of the task consumer when it emulates acks on Redis, else None."""
-    channel = getattr(getattr(consumer, "task_consumer", None), "channel", None)
-    if hasattr(channel, "unacked_index_key") and channel.ack_emulation:
-        return channel
-    return None
-
-
-def unacknowledged(channel: Any) -> dict[str, Any]:
-    """The messages that *channel* delivered and has not settled, by delivery tag."""
-    qos = channel.qos
-    while True:
-        try:
-            return {
-                tag: message
-                for tag, message in list(qos._delivered.items())
-                if tag not in qos._dirty
-            }
-        except RuntimeError:  # changed by the event loop's thread meanwhile
-            continue
-
-
-def keep_invisible(channel: Any, tags: list[str]) -> None:
-    """Start the visibility timeout of *tags* anew, unless they were given back."""
-    with channel.conn_or_acquire() as client:
-        now = time.time()
-        client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
-
-
-def stop_restoring(channel: Any) -> None:
-    """Keep kombu from giving back everything when *channel* is closed."""
-    channel.do_restore = False
-
-
-def adopt(channel: Any, message: Any) -> None:
-    """Let *message*, delivered on a channel that is gone, be settled on *channel*."""
-    message.channel = channel
-    channel.qos._quick_append(message.delivery_tag, message)
-
-
-def settle_tag(channel: Any, message: Any, how: str) -> None:
-    """Do on *channel* what failed on the one that *message* came by."""
-    adopt(channel, message)
-    errors = channel.connection_errors
-    if how == "acknowledge":
-        message.ack_log_error(logger, errors)
-    else:
-        message.reject_log_error(logger, errors, requeue=how == "requeue")
-
-
-def give_back(channel: Any, tag: str) -> None:
-    """Put a message that has not started back at the head of its queue."""
-    channel.qos.restore_by_tag(tag, leftmost=False)
-
-
-def guard_foreign_messages(
-    consumer: Any, on_foreign: Callable[[Any, str], None]
-) -> None:
-    """
-    Hand what is no kombu message to *on_foreign*, not to kombu.
-
-    On a virtual transport kombu has taken it from the queue already, and then
-    ends the worker (text that is no JSON) or reconnects (JSON without
-    properties); read in kombu 5.7, ``virtual/base.py:970`` and ``redis.py:1476``.
-    """
-    channel = getattr(consumer.task_consumer, "channel", None)
-    if not isinstance(channel, virtual.Channel):
-        return
-    transport = channel.connection
-    deliver = transport._deliver
-
-    def deliver_own(message: Any, queue: str) -> Any:
-        if _is_kombu_message(message):
-            return deliver(message, queue)
-        on_foreign(message, queue)
-        return None
-
-    transport._deliver = deliver_own
-    if hasattr(channel, "_brpop_read"):
-        _guard_brpop(channel, on_foreign)
-
-
-def _is_kombu_message(message: Any) -> bool:
-    properties = message.get("properties") if isinstance(message, dict) else None
-    return (
-        isinstance(properties, dict)
-        and "delivery_tag" in properties
-        and isinstance(properties.get("delivery_info"), dict)
-    )
-
-
-def _is_json(item: bytes) -> bool:
-    try:
-        json.loads(item)
-    except ValueError:
-        return False
-    return True
-
-
-def _guard_brpop(channel: Any, on_foreign: Callable[[Any, str], None]) -> None:
-    client = channel.client
-    parse_response = client.parse_response
-    read = channel.handlers["BRPOP"]
-    last: list[Any] = [None]
-
-    def parse_and_remember(*args: Any, **options: Any) -> Any:
-        last[0] = parse_response(*args, **options)
-        return last[0]
-
-    def read_own(**options: Any) -> Any:
-        last[0] = None
-        try:
-            return read(**options)
-        except ValueError:
-            destination, item = last[0] or (b"", b"{}")
-            if _is_json(item):
-                raise
-            queue = bytes(destination).decode(errors="replace")
-            on_foreign(bytes(item), queue.rsplit(channel.sep, 1)[0])
-            return True
-
-    client.parse_response = parse_and_remember
-    channel.handlers["BRPOP"] = read_own
 
 
 # --- the self-check ------------------------------------------------------------------
@@ -481,9 +283,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "Consumer.on_connection_error_after_connected(exc)": lambda: _has_parameters(
         consumers.Consumer.on_connection_error_after_connected, "exc"
     ),
-    "virtual.QoS._delivered and _dirty": lambda: (
-        {"_delivered", "_dirty"} <= set(vars(virtual.QoS))
-    ),
+    "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery
+from celery_resilience import _celery, _kombu
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.settle import Deliveries
 
@@ -38,7 +38,7 @@ class DeliveryStep(bootsteps.StartStopStep):
         """Take over what was held, send what waited, and look again in time."""
         self._cancel()
         self.deliveries.consumer_started(consumer)
-        _celery.guard_foreign_messages(consumer, consumer.on_foreign)
+        _kombu.guard_foreign_messages(consumer, consumer.on_foreign)
         self.visibility.started(consumer)
         self.deliveries.outbox.reconnected()
         self._timer = _celery.unblocked_timer(consumer)

@@ -15,7 +15,7 @@ from typing import Any
 
 from kombu import Connection, Producer, Queue
 
-from celery_resilience._celery import queue_arguments
+from celery_resilience._kombu import queue_arguments
 from celery_resilience.delivery.message import TRANSPORT_PROPERTIES, OriginalMessage
 from celery_resilience.errors import BrokerUnavailable, NoRoute, PublishRefused
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from celery_resilience import _celery
+from celery_resilience import _celery, _kombu
 from celery_resilience.delivery.settle import Deliveries
 
 logger = logging.getLogger("celery_resilience.delivery")
@@ -44,7 +44,7 @@ class RedisVisibility:
     def started(self, consumer: Any) -> None:
         """The consumer is connected, for the first time or again."""
         self.stopped()
-        self._channel = _celery.redis_channel(consumer)
+        self._channel = _kombu.redis_channel(consumer)
         if self._channel is None:
             return
         if self._lost:
@@ -64,25 +64,25 @@ class RedisVisibility:
         channel = self._channel
         if channel is None:
             return
-        tags = list(_celery.unacknowledged(channel))
+        tags = list(_kombu.unacknowledged(channel))
         try:
             for start in range(0, len(tags), BATCH):
-                _celery.keep_invisible(channel, tags[start : start + BATCH])
+                _kombu.keep_invisible(channel, tags[start : start + BATCH])
         except Exception as exc:
             logger.warning("could not renew %d held messages: %s", len(tags), exc)
 
     def connection_lost(self, consumer: Any) -> None:
         """Keep kombu from giving back what is running when the channel closes."""
-        channel = _celery.redis_channel(consumer)
+        channel = _kombu.redis_channel(consumer)
         if channel is None:
             return
-        self._lost.update(_celery.unacknowledged(channel))
+        self._lost.update(_kombu.unacknowledged(channel))
         self._in_pool = {
             request.message.delivery_tag
             for request in _celery.requests_that_will_run(consumer)
         }
         self._channel = None
-        _celery.stop_restoring(channel)
+        _kombu.stop_restoring(channel)
 
     def _resume(self) -> None:
         """Take over on the new channel what was held on the lost one."""
@@ -98,13 +98,13 @@ class RedisVisibility:
             if message.acknowledged:
                 continue
             if settled_as is not None:
-                _celery.settle_tag(self._channel, message, settled_as)
+                _kombu.settle_tag(self._channel, message, settled_as)
                 counts["settled"] += 1
             elif tag in ours:
-                _celery.adopt(self._channel, message)
+                _kombu.adopt(self._channel, message)
                 counts["kept"] += 1
             else:
-                _celery.give_back(self._channel, tag)
+                _kombu.give_back(self._channel, tag)
                 counts["given back"] += 1
         self.renew()
         logger.info("after a lost connection: %s", counts)

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from celery_resilience._celery import is_worker_stopping, queue_of
+from celery_resilience._celery import is_worker_stopping
+from celery_resilience._kombu import queue_of
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.message import OriginalMessage, original_message
 from celery_resilience.delivery.outbox import Outbox

@@ -1,0 +1,321 @@
+"""The app that tests run: every task misbehaves in one way, and tells a ledger.
+
+`make_app` is called by the test, and by `fleet_worker` in the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
+
+from celery_resilience import Resilience, ResilientTask, Skip, Snooze
+
+
+class Unpicklable(Exception):
+    """Holds what no pickle takes."""
+
+    def __init__(self, what: str, more: str) -> None:
+        super().__init__(what)
+        self.handle = lambda: more
+
+
+class Hostile(Exception):
+    """Raises when it is asked for its text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text for you")
+
+    __repr__ = __str__
+
+
+class Unheard(BaseException):
+    """Not an Exception."""
+
+
+def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
+    """
+    An app with the tasks below.
+
+    Args:
+        conf: Celery's and our settings.
+        is_plain: Without celery-resilience, for comparison.
+    """
+    app = Celery("fleet", set_as_current=False)
+    app.conf.update(conf)
+    base: Any = Task if is_plain else ResilientTask
+    if not is_plain:
+        Resilience(app)
+    _register(app, base)
+    return app
+
+
+def note(event: str, *facts: Any) -> None:
+    """Append a line to the ledger, whole or not at all."""
+    line = json.dumps([event, *facts]) + "\n"
+    ledger = os.environ.get("FLEET_LEDGER")
+    if ledger:
+        descriptor = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+
+
+def _register(app: Celery, base: Any) -> None:
+    def task(**options: Any) -> Any:
+        return app.task(base=base, bind=True, shared=False, **options)
+
+    def started(self: Any) -> None:
+        note(self.name, self.request.id, self.request.retries)
+
+    @task(name="ok")
+    def ok(self: Any, value: Any = None, **_: Any) -> Any:
+        started(self)
+        return value
+
+    @task(name="add")
+    def add(self: Any, x: int, y: int) -> int:
+        started(self)
+        return x + y
+
+    @task(name="boom")
+    def boom(self: Any, what: str = "boom", password: str = "") -> None:
+        started(self)
+        raise ValueError(f"{what} {password}".strip())
+
+    @task(name="boom_unless")
+    def boom_unless(self: Any, path: str, value: Any = None) -> Any:
+        started(self)
+        if not Path(path).exists():
+            raise ValueError("not yet")
+        note("effect", self.request.id)
+        return value
+
+    @task(name="unpicklable")
+    def unpicklable(self: Any) -> None:
+        started(self)
+        raise Unpicklable("cannot be pickled", "at all")
+
+    @task(name="hostile")
+    def hostile(self: Any) -> None:
+        started(self)
+        raise Hostile
+
+    @task(name="odd_text")
+    def odd_text(self: Any) -> None:
+        started(self)
+        raise ValueError("nul \0 surrogate \ud800 escape \x1b[31m bell \a")
+
+    @task(name="huge_text")
+    def huge_text(self: Any) -> None:
+        started(self)
+        raise ValueError("x" * 5_000_000)
+
+    @task(name="memory_error")
+    def memory_error(self: Any) -> None:
+        started(self)
+        raise MemoryError("none left")
+
+    @task(name="system_exit")
+    def system_exit(self: Any) -> None:
+        started(self)
+        sys.exit(3)
+
+    @task(name="keyboard_interrupt")
+    def keyboard_interrupt(self: Any) -> None:
+        started(self)
+        raise KeyboardInterrupt("not from a keyboard")
+
+    @task(name="unheard")
+    def unheard(self: Any) -> None:
+        started(self)
+        raise Unheard("of")
+
+    @task(name="hard_limit", time_limit=1)
+    def hard_limit(self: Any) -> None:
+        started(self)
+        _busy(60)
+
+    @task(
+        name="hard_limit_unacked",
+        time_limit=1,
+        acks_late=True,
+        acks_on_timeout=False,
+        acks_on_failure_or_timeout=False,
+        acks_on_failure=True,
+    )
+    def hard_limit_unacked(self: Any) -> None:
+        started(self)
+        _busy(60)
+
+    @task(name="soft_limit", soft_time_limit=1)
+    def soft_limit(self: Any) -> None:
+        started(self)
+        _busy(60)
+
+    @task(name="killed_early", acks_late=False)
+    def killed_early(self: Any) -> None:
+        started(self)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @task(name="killed_late", acks_late=True)
+    def killed_late(self: Any) -> None:
+        started(self)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @task(name="killed_once", acks_late=True)
+    def killed_once(self: Any, path: str) -> str:
+        started(self)
+        if not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+    @task(name="killed_then_sleeps", acks_late=True)
+    def killed_then_sleeps(self: Any, path: str, seconds: float) -> None:
+        started(self)
+        if not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("alone", self.request.id)
+        _busy(seconds)
+        note("slept", self.request.id)
+
+    @task(name="exits_late", acks_late=True, reject_on_worker_lost=True)
+    def exits_late(self: Any) -> None:
+        started(self)
+        os._exit(0)
+
+    @task(name="killed_no_rerun", acks_late=True, reject_on_worker_lost=False)
+    def killed_no_rerun(self: Any) -> None:
+        started(self)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @task(name="kills_worker", acks_late=True)
+    def kills_worker(self: Any, main_pid_file: str) -> None:
+        started(self)
+        os.kill(int(Path(main_pid_file).read_text()), signal.SIGKILL)
+        _busy(60)
+
+    @task(name="ignored")
+    def ignored(self: Any) -> None:
+        started(self)
+        raise Ignore
+
+    @task(name="rejected", acks_late=True)
+    def rejected(self: Any) -> None:
+        started(self)
+        raise Reject("not for me", requeue=False)
+
+    @task(name="requeued_once", acks_late=True)
+    def requeued_once(self: Any, path: str) -> str:
+        started(self)
+        if not Path(path).exists():
+            Path(path).touch()
+            raise Reject("again", requeue=True)
+        return "done"
+
+    @task(name="skipped")
+    def skipped(self: Any) -> None:
+        started(self)
+        raise Skip("nothing to do", result=42)
+
+    @task(name="snoozed", acks_late=True)
+    def snoozed(self: Any) -> str:
+        started(self)
+        headers = self.request.headers or {}
+        if headers.get("resilience", {}).get("snoozes", 0) < 2:
+            raise Snooze(0.5, "later")
+        return "awake"
+
+    @task(name="retried_once", max_retries=3)
+    def retried_once(self: Any) -> str:
+        started(self)
+        if self.request.retries == 0:
+            raise self.retry(exc=ValueError("first"), countdown=1)
+        return "second"
+
+    @task(name="retries_spent", max_retries=1)
+    def retries_spent(self: Any) -> None:
+        started(self)
+        try:
+            raise ValueError("every time")
+        except ValueError as exc:
+            raise self.retry(exc=exc, countdown=1) from exc
+
+    @task(
+        name="autoretries_spent",
+        autoretry_for=(ValueError,),
+        max_retries=1,
+        retry_backoff=False,
+        default_retry_delay=1,
+    )
+    def autoretries_spent(self: Any) -> None:
+        started(self)
+        raise ValueError("every time, by itself")
+
+    @task(name="sleep", acks_late=True)
+    def sleep(self: Any, seconds: float, end: str = "") -> str:
+        started(self)
+        _busy(seconds, end)
+        note("slept", self.request.id)
+        return "slept"
+
+    @task(name="sleep_early", acks_late=False)
+    def sleep_early(self: Any, seconds: float, end: str = "") -> str:
+        started(self)
+        _busy(seconds, end)
+        note("slept", self.request.id)
+        return "slept"
+
+    @task(name="fail_when", acks_late=True)
+    def fail_when(self: Any, end: str) -> None:
+        started(self)
+        _busy(60, end)
+        note("failing", self.request.id)
+        raise ValueError("it was time")
+
+    @task(name="fail_when_early", acks_late=False)
+    def fail_when_early(self: Any, end: str) -> None:
+        started(self)
+        _busy(60, end)
+        note("failing", self.request.id)
+        raise ValueError("it was time")
+
+    @task(name="retry_when", acks_late=True, max_retries=3)
+    def retry_when(self: Any, end: str) -> None:
+        started(self)
+        _busy(60, end)
+        note("failing", self.request.id)
+        raise self.retry(exc=ValueError("it was time"), countdown=1)
+
+    @task(name="errback")
+    def errback(self: Any, *_: Any) -> None:
+        note("errback", self.request.id)
+
+    @task(name="not_kept", failed_queue=False)
+    def not_kept(self: Any) -> None:
+        started(self)
+        raise ValueError("nobody wants to know")
+
+    @task(name="kept_apart", failed_queue="apart.failed")
+    def kept_apart(self: Any) -> None:
+        started(self)
+        raise ValueError("in a queue of its own")
+
+    @task(name="hidden", redact=["iban_of_customer"])
+    def hidden(self: Any, iban_of_customer: str, note: str = "") -> None:
+        raise ValueError(f"cannot charge {iban_of_customer}")
+
+
+def _busy(seconds: float, end: str = "") -> None:
+    """Take time; ends early when the file *end* appears."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not (end and Path(end).exists()):
+        time.sleep(0.02)

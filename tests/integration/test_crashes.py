@@ -1,0 +1,244 @@
+"""A task that kills is stopped after max_crashes runs; its neighbours are not blamed."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from typing import Any
+
+import pytest
+from conftest import FleetMaker
+from fleet_runner import Fleet, Worker
+from polling import always, eventually
+
+QUICK_REDIS = {
+    "visibility_timeout": 3,
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+}
+BROKERS_THAT_REDELIVER = ["redis", "rabbitmq", "rabbitmq-quorum"]
+
+
+def quick(fleet: Fleet) -> Fleet:
+    """Let Redis give back soon what a killed worker held."""
+    if "redis" in fleet.conf["broker_url"]:
+        fleet.conf["broker_transport_options"].update(QUICK_REDIS)
+    return fleet
+
+
+def keep_running(worker: Worker, until: Any, within_s: float = 180) -> int:
+    """Start *worker* again whenever it has died, as a supervisor does."""
+    deaths = 0
+
+    def look() -> Any:
+        nonlocal deaths
+        if not worker.is_alive:
+            deaths += 1
+            worker.kill()
+            worker.start()
+        return until()
+
+    eventually(look, within_s=within_s, every_s=0.2, what=worker.text[-3000:])
+    return deaths
+
+
+@pytest.mark.parametrize("broker", BROKERS_THAT_REDELIVER)
+def test_killers_with_neighbours(make_fleet: FleetMaker, broker: str) -> None:
+    """A child killer and a worker killer run 3 times each; 30 neighbours are done."""
+    fleet = quick(make_fleet(broker, worker_prefetch_multiplier=4))
+    worker = fleet.worker(concurrency=2)
+    neighbours = [fleet.send("sleep", 0.2).id for _ in range(10)]
+    worker_killer = fleet.send("kills_worker", str(worker.pid_file)).id
+    neighbours += [fleet.send("sleep", 0.2).id for _ in range(10)]
+    child_killer = fleet.send("killed_late").id
+    neighbours += [fleet.send("sleep", 0.2).id for _ in range(10)]
+
+    def done() -> bool:
+        slept = {line[1] for line in fleet.notes("slept")}
+        return slept >= set(neighbours) and len(fleet.records()) == 2
+
+    deaths = keep_running(worker, done)
+
+    records = fleet.records()
+    assert set(records) == {worker_killer, child_killer}
+    assert {r["reason"] for r in records.values()} == {"worker_lost"}
+    assert fleet.runs(worker_killer) == 3
+    # A run that died with its worker is not the child killer's fault, and not counted.
+    assert 3 <= fleet.runs(child_killer) <= 3 + deaths
+    assert deaths == 3
+
+
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_two_worker_killers_with_neighbours(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """Each is found out, and nobody else."""
+    fleet = quick(make_fleet(broker, worker_prefetch_multiplier=2))
+    worker = fleet.worker(concurrency=3)
+    killers, neighbours = [], []
+    for _ in range(2):
+        neighbours += [fleet.send("sleep", 0.3).id for _ in range(5)]
+        killers.append(fleet.send("kills_worker", str(worker.pid_file)).id)
+        neighbours += [fleet.send("sleep", 0.3).id for _ in range(5)]
+
+    def done() -> bool:
+        slept = {line[1] for line in fleet.notes("slept")}
+        return slept >= set(neighbours) and len(fleet.records()) == 2
+
+    keep_running(worker, done)
+
+    records = fleet.records()
+    assert set(records) == set(killers)
+    # At least 3: a killer that was beside the other's death is run once more.
+    assert all(3 <= fleet.runs(id) <= 4 for id in killers)
+
+
+def test_plain_celery_loops(make_fleet: FleetMaker) -> None:
+    """The test bites: with reject_on_worker_lost the same child killer never ends."""
+    fleet = make_fleet(
+        "redis", is_plain=True, task_reject_on_worker_lost=True, task_acks_late=True
+    )
+    fleet.worker()
+    killer = fleet.send("killed_late")
+
+    eventually(lambda: fleet.runs(killer.id) > 6)
+    assert killer.state not in ("FAILURE", "SUCCESS")
+
+
+def test_max_crashes_of_the_task_the_flag_and_the_setting(
+    make_fleet: FleetMaker,
+) -> None:
+    """A flag beats the setting."""
+    fleet = make_fleet("redis", resilience_max_crashes=5)
+    fleet.worker("--max-crashes", "1")
+    killer = fleet.send("killed_late")
+
+    assert fleet.record_of(killer.id)["reason"] == "worker_lost"
+    assert fleet.runs(killer.id) == 1
+
+
+def test_crashes_before_the_window_are_forgotten(make_fleet: FleetMaker) -> None:
+    """Two crashes that are far apart do not add up."""
+    fleet = make_fleet("redis", resilience_crash_window_s=0.5)
+    worker = fleet.worker()
+    killer = fleet.send("killed_late")
+
+    eventually(lambda: fleet.runs(killer.id) > 4, within_s=60)
+    assert fleet.records() == {}
+    assert worker.stop() == 0
+
+
+def test_a_suspect_runs_alone(make_fleet: FleetMaker) -> None:
+    """While the last allowed run goes on, the worker runs nothing else."""
+    fleet = make_fleet("redis", resilience_max_crashes=2)
+    fleet.worker(concurrency=3)
+    suspect = fleet.send("killed_then_sleeps", str(fleet.folder / "flag"), 2)
+    eventually(lambda: fleet.runs(suspect.id) == 1)
+    beside = [fleet.send("sleep", 0.5).id for _ in range(6)]
+
+    eventually(lambda: len(fleet.notes("slept")) == 7, within_s=60)
+    order = [line for line in fleet.notes() if line[0] in ("sleep", "slept", "alone")]
+    start = order.index(["alone", suspect.id])
+    end = order.index(["slept", suspect.id])
+    assert end == start + 1, order
+    running = Counter(line[1] for line in order[:start])
+    assert all(count == 2 for count in running.values()), order
+    assert set(beside) == {line[1] for line in order} - {suspect.id}
+
+
+def test_a_run_cut_off_by_a_stop_is_no_crash(make_fleet: FleetMaker) -> None:
+    """A worker that is told to stop, and killed because it takes too long."""
+    fleet = quick(make_fleet("redis"))
+    end = fleet.folder / "end"
+    sent = fleet.send("sleep", 60, str(end))
+    for round in range(1, 5):
+        worker = fleet.worker()
+        eventually(lambda round=round: fleet.runs(sent.id) == round, within_s=60)
+        worker.signal(signal.SIGTERM)
+        eventually(lambda worker=worker: "Warm shutdown" in worker.text)
+        always(lambda worker=worker: worker.is_alive, for_s=1)
+        worker.kill()
+
+    worker = fleet.worker()
+    end.touch()
+    eventually(lambda: fleet.notes("slept"), within_s=60)
+    assert fleet.records() == {}
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq"])
+def test_without_a_store_a_worker_killer_ends_too(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """Later, because nobody knows whether a redelivered message had started."""
+    fleet = make_fleet(broker, resilience_store_url=None, result_backend=None)
+    worker = fleet.worker(concurrency=1)
+    killer = fleet.send("kills_worker", str(worker.pid_file))
+    neighbours = [fleet.send("ok").id for _ in range(3)]
+
+    keep_running(
+        worker, lambda: "task failed: kills_worker" in worker.text, within_s=240
+    )
+    assert 3 <= fleet.runs(killer.id) <= 22
+    eventually(lambda: {line[1] for line in fleet.notes("ok")} == set(neighbours))
+
+
+def test_a_warm_stop_loses_nothing(make_fleet: FleetMaker) -> None:
+    """What runs ends, what waits goes back."""
+    fleet = make_fleet("redis", worker_prefetch_multiplier=4)
+    worker = fleet.worker(concurrency=2)
+    late = [fleet.send("sleep", 1).id for _ in range(6)]
+    early = [fleet.send("sleep_early", 1).id for _ in range(6)]
+    eventually(lambda: len(fleet.notes()) >= 2)
+    assert worker.stop() == 0
+    counts = worker.outcomes()
+    assert counts["received"] == counts["succeeded"] + counts["requeued"]
+
+    fleet.worker(concurrency=4)
+    eventually(lambda: len(fleet.notes("slept")) == 12, within_s=60)
+    assert all(fleet.runs(id) == 1 for id in late + early)
+
+
+def test_a_cold_stop_loses_no_late_acked_task_and_tells_the_others(
+    make_fleet: FleetMaker,
+) -> None:
+    """Early-acked ones that it cut off are kept as interrupted."""
+    fleet = make_fleet("redis")
+    worker = fleet.worker(concurrency=2)
+    end = fleet.folder / "end"
+    late = fleet.send("sleep", 60, str(end))
+    early = fleet.send("sleep_early", 60, str(end))
+    eventually(lambda: fleet.runs(late.id) == fleet.runs(early.id) == 1)
+
+    worker.signal(signal.SIGQUIT)
+    worker.wait()
+    record = fleet.record_of(early.id)
+    assert record["reason"] == "interrupted"
+    assert set(fleet.records()) == {early.id}
+    assert early.state == "FAILURE"
+
+    end.touch()
+    fleet.worker(concurrency=2)
+    eventually(lambda: fleet.notes("slept"), within_s=60)
+    report = fleet.failed.replay([record["id"]])
+    assert report.sent == [record["id"]]
+    eventually(lambda: len(fleet.notes("slept")) == 2)
+    eventually(lambda: fleet.records()[early.id]["state"] == "resolved", every_s=0.3)
+
+
+def test_plain_celery_loses_an_early_acked_task_at_a_cold_stop(
+    make_fleet: FleetMaker,
+) -> None:
+    """The test bites: its state is RETRY for ever, and nothing was sent."""
+    fleet = make_fleet("redis", is_plain=True)
+    worker = fleet.worker()
+    early = fleet.send("sleep_early", 60, str(fleet.folder / "end"))
+    eventually(lambda: fleet.runs(early.id) == 1)
+    worker.signal(signal.SIGQUIT)
+    worker.wait()
+
+    (fleet.folder / "end").touch()
+    last = fleet.worker()
+    sent = fleet.send("ok")
+    eventually(lambda: sent.state == "SUCCESS", what=last.text)
+    assert early.state == "RETRY"
+    assert fleet.runs(early.id) == 1
