@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-from celery_resilience.errors import (
-    ConfigurationError,
-    ResilienceError,
-    Skip,
-    Snooze,
-)
-from celery_resilience.install import Resilience
-from celery_resilience.task import ResilientTask
-
-if TYPE_CHECKING:
-    from celery_resilience.failed.api import FailedTasks
 
 __all__ = [
     "ConfigurationError",
@@ -25,16 +14,36 @@ __all__ = [
     "ResilientTask",
     "Skip",
     "Snooze",
+    "TaskOptions",
     "__version__",
 ]
 
+if TYPE_CHECKING:
+    from celery_resilience.errors import (
+        ConfigurationError,
+        ResilienceError,
+        Skip,
+        Snooze,
+    )
+    from celery_resilience.failed.api import FailedTasks
+    from celery_resilience.install import Resilience
+    from celery_resilience.task import ResilientTask, TaskOptions
 
-def __getattr__(name: str) -> Any:
-    # What only operators and commands use is not paid for by every import.
-    if name == "FailedTasks":
-        from celery_resilience.failed.api import FailedTasks
+    __version__: str
+else:
+    #: Imported when a name is first used: every call of `celery` imports this package.
+    _MODULES = {
+        "FailedTasks": "failed.api",
+        "Resilience": "install",
+        "ResilientTask": "task",
+        "TaskOptions": "task",
+    }
 
-        return FailedTasks
-    if name == "__version__":
-        return version("celery-resilience")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return version("celery-resilience")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+        value = globals()[name] = getattr(module, name)
+        return value

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import billiard.common
+from billiard.common import human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import signals, states
-from celery.app.task import Task
+from celery.app.task import Context, Task
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
-from celery.exceptions import WorkerShutdown, WorkerTerminate
+from celery.concurrency.solo import TaskPool as SoloPool
+from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.platforms import EX_FAILURE
+from celery.utils import log as celery_log
 from celery.utils import timer2
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
@@ -82,6 +88,68 @@ def is_worker_stopping() -> bool:
     )
 
 
+def is_interrupted_by_a_signal(pool: Any) -> bool:
+    """
+    Whether the handler of a signal runs here, above the body of a task.
+
+    Where the main thread runs the tasks: solo (``concurrency/solo.py``, Celery 5.7).
+    """
+    return isinstance(pool, SoloPool) and bool(
+        getattr(celery_log, "_in_sighandler", False)
+    )
+
+
+def worker_terminates() -> BaseException:
+    """What ends a worker, and the body that its main thread runs, in a cold stop."""
+    return WorkerTerminate(EX_FAILURE)
+
+
+# --- around a task body ------------------------------------------------------------
+
+
+def has_a_call(task: type[Any], *, after: type[Any]) -> bool:
+    """Whether a base class of *task* behind *after* has a `__call__` of the app's own."""
+    mro = task.__mro__
+    bases = mro[mro.index(after) + 1 :]
+    return next(base for base in bases if "__call__" in vars(base)) is not Task
+
+
+def is_a_delivery(request: Any) -> bool:
+    """
+    Whether a worker's tracer is about to run the body of *request*.
+
+    Not where a task is called directly, or by `apply()`, or by itself.
+    """
+    return not (request.called_directly or request._protected or request.is_eager)
+
+
+def signature_of(signature: Any, task_id: Any) -> Any:
+    """
+    The signature whose message will have *task_id*, or None.
+
+    A chain's member, or a chord's body, once it is frozen (Celery 5.7, ``canvas.py``).
+    """
+    parts = [*(getattr(signature, "tasks", None) or ())]
+    body = getattr(signature, "body", None)
+    if not parts and body is None:
+        return signature if signature.options.get("task_id") == task_id else None
+    for part in (*parts, *(() if body is None else (body,))):
+        found = signature_of(part, task_id)
+        if found is not None:
+            return found
+    return None
+
+
+def enter_body(request: Any) -> None:
+    """
+    Let a call of the same task within its body be a direct one.
+
+    What Celery's own `__call__` does in a worker before it calls `run`
+    (``app/trace.py:877``, Celery 5.7).
+    """
+    request._protected = 1
+
+
 # --- settling a request ----------------------------------------------------------
 
 
@@ -143,15 +211,57 @@ def call_failure_hooks(request: Any, exc: Exception, exc_info: ExceptionInfo) ->
     )
 
 
+def died_before(pid: int | None) -> WorkerLostError | None:
+    """
+    The death of a child of which the pool does not know yet, or None.
+
+    The event loop's pool looks once, when the child's descriptors are closed. A
+    child that cannot be waited for at that moment is seen five seconds later
+    (``concurrency/asynpool.py:576``, Celery 5.7), behind its time limit.
+    """
+    if pid is None or not hasattr(os, "waitid"):
+        return None
+    try:
+        # Left to be waited for by the pool.
+        status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (ChildProcessError, OverflowError):
+        return None  # no child: a thread's own process, or a greenlet's number
+    if status is None:
+        return None
+    code = status.si_status
+    how = human_status(code if status.si_code == os.CLD_EXITED else -code)
+    return WorkerLostError(f"Worker exited prematurely: {how}.")
+
+
 def success_was_stored(request: Any) -> bool:
     """
-    Whether the child stored SUCCESS before it died.
+    Whether this run stored SUCCESS before it was cut off.
 
     Celery 5.7 asks the backend, with at most three tries
     (``worker/request.py:844``); earlier releases do not, and neither do we there.
+    A success from before the run is another one's, of the same task id. Most
+    backends keep the first success of an id, and then none of this run is known.
     """
     asked = getattr(request, "_success_was_stored", None)
-    return bool(asked()) if asked is not None else False
+    meta = asked() if asked is not None else None
+    if not meta or request.time_start is None:
+        return False
+    done_at = _wall_time(meta.get("date_done"))
+    if done_at is None:
+        return True
+    # A database may have cut the fraction off.
+    started_at = request.time_start
+    return done_at >= (int(started_at) if done_at.is_integer() else started_at)
+
+
+def _wall_time(date: Any) -> float | None:
+    """Seconds of a backend's date, which is a text or a datetime, in UTC if unsaid."""
+    try:
+        date = datetime.fromisoformat(date) if isinstance(date, str) else date
+        date = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+        return float(date.timestamp())
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def retries_on_worker_lost(request: Any) -> bool:
@@ -175,19 +285,25 @@ def running_requests() -> set[Any]:
     }
 
 
+def has_yet_to_run(request: Any) -> bool:
+    """Whether a request that a pool was given is neither settled nor cancelled."""
+    return not (request.acknowledged or request._already_cancelled)
+
+
 def requests_that_will_run(consumer: Any) -> set[Any]:
     """
     The requests that the pool does not give up any more.
 
-    A pool that cannot be flushed (threads, gevent, solo) runs what it was given.
+    A pool that cannot be flushed (threads, gevent, solo) runs what it was given,
+    though Celery 5.7 forgets it when the connection is lost (``consumer.py:593``).
     """
     requests = running_requests()
-    if not _is_event_loop_prefork(consumer.pool):
+    if not is_event_loop_prefork(consumer.pool):
         requests |= set(state.reserved_requests)
     return requests
 
 
-def _is_event_loop_prefork(pool: Any) -> bool:
+def is_event_loop_prefork(pool: Any) -> bool:
     """The pool whose main process never blocks, on Redis and AMQP by default."""
     return isinstance(getattr(pool, "_pool", None), AsynPool)
 
@@ -200,7 +316,7 @@ def unblocked_timer(consumer: Any) -> Any:
     (``concurrency/prefork.py:150``, Celery 5.7); with any other pool the main
     thread may be busy with a task or a join, so that the timer has a thread.
     """
-    if _is_event_loop_prefork(consumer.pool):
+    if is_event_loop_prefork(consumer.pool):
         return consumer.timer
     timer = getattr(consumer, "_resilience_timer", None)
     if timer is None:
@@ -273,6 +389,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "billiard.common._should_have_exited": lambda: isinstance(
         billiard.common._should_have_exited, list
     ),
+    "Context._protected": lambda: Context._protected == 0,
     "apply_target(callback)": lambda: _has_parameters(pools.apply_target, "callback"),
     "Request._announce_revoked()": lambda: _has_parameters(
         requests.Request._announce_revoked, "reason", "expired"

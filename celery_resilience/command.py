@@ -1,11 +1,12 @@
 """The `celery` sub-commands `failed` and `resilience`.
 
 Imported by every `celery` call, so that it imports nothing heavy until a verb
-runs; what a verb does is in `failed/command.py`.
+runs; what a verb does is in `failed/console/`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -13,11 +14,16 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
-OUTPUTS = ("table", "json", "jsonl", "csv", "ids")
+from celery_resilience.flags import command_is_imported
+
+command_is_imported()
 
 
-def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
-    """FILTERS, in the same words for every verb."""
+def _filters(default_states: str) -> Callable[..., Any]:
+    """FILTERS, in the same words for every verb, which has states of its own."""
+    states = (
+        f"unresolved, replaying, resolved, discarded or all; else {default_states}."
+    )
     options = [
         click.option("--task", metavar="GLOB", help="The task's name."),
         click.option("--queue", metavar="Q", help="The queue it came from."),
@@ -31,7 +37,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--state",
             metavar="STATE",
-            help="unresolved (the default), replaying, resolved, discarded or all.",
+            help=states,
         ),
         click.option(
             "--arg", multiple=True, metavar="NAME=VALUE", help="An argument's value."
@@ -39,19 +45,32 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--release", metavar="R", help="The app's release."),
         click.option("--worker", metavar="GLOB", help="The worker's name."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def _verb(name: str, *decorators: Callable[..., Any]) -> Callable[..., Any]:
-    """A verb of `failed`; its function in `failed/command.py` has its name."""
+    """A verb of `failed`; what it does is in `failed/console/run.py`."""
 
     def register(describe: Callable[..., None]) -> Callable[..., None]:
         @click.pass_context
         def run(context: click.Context, /, **words: Any) -> None:
-            module = import_module("celery_resilience.failed.command")
-            context.exit(module.run(context.obj.app, name, words))
+            module = import_module("celery_resilience.failed.console.run")
+            code = module.run(
+                context.obj.app,
+                name,
+                words,
+                with_traceback=getattr(context.obj, "with_traceback", False),
+            )
+            # Where nobody reads any more (`| head -1`), click is quiet about it;
+            # the end of the interpreter is not.
+            sys.stdout.flush()
+            context.exit(code)
 
         run.__doc__ = describe.__doc__
         command: Any = run
@@ -63,9 +82,17 @@ def _verb(name: str, *decorators: Callable[..., Any]) -> Callable[..., Any]:
     return register
 
 
+def _output(*kinds: str) -> Callable[..., Any]:
+    """How data is printed; the first kind is the default."""
+    return click.option(
+        "-o", "--output", type=click.Choice(kinds), default=kinds[0], show_default=True
+    )
+
+
 _ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+_unresolved = _filters("unresolved")
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")
-_all = click.option("--all", "everything", is_flag=True, help="Every unresolved one.")
+_all = click.option("--all", "everything", is_flag=True, help="Every one.")
 _limit = click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="At most so many."
 )
@@ -80,7 +107,7 @@ def failed(context: click.Context) -> None:
 
 @_verb(
     "list",
-    _filters,
+    _unresolved,
     click.option(
         "--limit",
         type=click.IntRange(min=1),
@@ -89,9 +116,7 @@ def failed(context: click.Context) -> None:
         metavar="N",
         help="At most so many.",
     ),
-    click.option(
-        "-o", "--output", type=click.Choice(OUTPUTS), default="table", show_default=True
-    ),
+    _output("table", "json", "jsonl", "csv", "ids"),
 )
 def _list() -> None:
     """List failed tasks, last failed first."""
@@ -102,13 +127,7 @@ def _list() -> None:
     click.argument("ids", nargs=-1, required=True, metavar="ID..."),
     click.option("-v", "--verbose", is_flag=True, help="Also headers and attempts."),
     click.option("--raw", is_flag=True, help="The whole envelope, unredacted."),
-    click.option(
-        "-o",
-        "--output",
-        type=click.Choice(("text", "json")),
-        default="text",
-        show_default=True,
-    ),
+    _output("text", "json"),
 )
 def _show() -> None:
     """Show failed tasks by id, the start of it, or task id."""
@@ -123,13 +142,7 @@ def _show() -> None:
         metavar="RULE",
         help="Exit 5 if it holds: 'unresolved>100', 'oldest>1h'.",
     ),
-    click.option(
-        "-o",
-        "--output",
-        type=click.Choice(("text", "json")),
-        default="text",
-        show_default=True,
-    ),
+    _output("text", "json"),
 )
 def _stats() -> None:
     """Count failed tasks by state, reason and task."""
@@ -138,7 +151,7 @@ def _stats() -> None:
 @_verb(
     "replay",
     _ids,
-    _filters,
+    _unresolved,
     _all,
     _limit,
     _yes,
@@ -146,26 +159,66 @@ def _stats() -> None:
     click.option("--to-queue", metavar="Q", help="Another queue than the original."),
     click.option("--new-id", is_flag=True, help="Give each message a new task id."),
     click.option("--wait", is_flag=True, help="Wait until every replay has ended."),
-    click.option(
-        "-o",
-        "--output",
-        type=click.Choice(("text", "json")),
-        default="text",
-        show_default=True,
-    ),
+    _output("text", "json"),
 )
 def _replay() -> None:
     """Send failed tasks again, with their chains, links and priority."""
 
 
-@_verb("discard", _ids, _filters, _all, _limit, _yes)
+@_verb("discard", _ids, _unresolved, _all, _limit, _yes)
 def _discard() -> None:
     """Mark failed tasks as never to be replayed; `reopen` undoes it."""
 
 
-@_verb("reopen", _ids, _filters, _limit, _yes)
+@_verb("reopen", _ids, _filters("discarded"), _all, _limit, _yes)
 def _reopen() -> None:
     """Undo a discard, or give up a replay that never came back."""
+
+
+@_verb(
+    "prune",
+    click.option("--older-than", metavar="AGE", help="Failed last before 30d, 12h."),
+    click.option(
+        "--keep", type=click.IntRange(min=0), metavar="N", help="All but the newest N."
+    ),
+    _filters("resolved and discarded"),
+    click.option(
+        "--archive",
+        type=click.Path(dir_okay=False),
+        metavar="F",
+        help="A new file, compressed, that takes them first; `import` reads it.",
+    ),
+    _yes,
+)
+def _prune() -> None:
+    """Forget failed tasks: those resolved and discarded, or what --state says."""
+
+
+@_verb(
+    "export",
+    _filters("all"),
+    click.option(
+        "-f",
+        "--file",
+        type=click.Path(dir_okay=False),
+        metavar="F",
+        help="Write there; compressed if it ends in .gz.",
+    ),
+    click.option(
+        "--raw", is_flag=True, help="Whole and unredacted; only that can be imported."
+    ),
+)
+def _export() -> None:
+    """Write failed tasks as lines of JSON."""
+
+
+@_verb(
+    "import",
+    click.argument("file", type=click.File("rb"), metavar="F"),
+    click.option("--dry-run", is_flag=True, help="Say what would be imported."),
+)
+def _import() -> None:
+    """Take in what `export --raw` or an archive holds; - is standard input."""
 
 
 @_verb(
@@ -188,5 +241,14 @@ def resilience(context: click.Context) -> None:
 @click.pass_context
 def schema(context: click.Context, sql: bool) -> None:
     """Print the statements that make the store's tables."""
-    module = import_module("celery_resilience.failed.command")
+    module = import_module("celery_resilience.failed.console.run")
     context.exit(module.run(context.obj.app, "schema", {}))
+
+
+@resilience.command(cls=CeleryCommand)
+@_output("table", "json")
+@click.pass_context
+def explain(context: click.Context, output: str) -> None:
+    """Say for each task what adopting celery-resilience changes, and what is risky."""
+    module = import_module("celery_resilience.explaining")
+    context.exit(module.run(context.obj.app, output))

@@ -91,8 +91,10 @@ class TaskRanOutOfMemory(ResilienceError):
     """
 
 
-class Skip(Exception):
+class Skip(Ignore):
     """End the task as SUCCESS without its effect; chains and chords go on.
+
+    An Ignore, so that `autoretry_for = (Exception,)` lets it pass.
 
     Args:
         reason: Why, for the log and the counts.
@@ -147,6 +149,17 @@ class DropDelivery(Ignore):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Replaced(Ignore):
+    """Tell the main process that another message goes on with this one's replay."""
+
+    def __init__(self) -> None:
+        super().__init__("replaced")
+        self.reason = "replaced"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class TooManyCrashes(ResilienceError):

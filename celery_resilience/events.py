@@ -34,7 +34,7 @@ def observe(name: str, observer: Observer) -> Callable[[], None]:
         _observers[name] = (*_observers.get(name, ()), observer)
 
     def stop() -> None:
-        _observers[name] = tuple(o for o in _observers[name] if o is not observer)
+        _observers[name] = tuple(o for o in _observers[name] if o != observer)
 
     return stop
 

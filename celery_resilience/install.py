@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,22 +12,29 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery import Celery, signals
 
-from celery_resilience.errors import ConfigurationError
-from celery_resilience.flags import WORKER_FLAGS, add_worker_flags
+from celery_resilience import flags
+from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.settings import (
     Settings,
     StoreChoice,
     choose_store,
+    is_redis,
     read_settings,
+    sqlite_path,
 )
 from celery_resilience.task import ResilientTask
 
 if TYPE_CHECKING:
     from celery_resilience.crashes.task import StartGuard
-    from celery_resilience.delivery.facts import FactsChannel
+    from celery_resilience.delivery.facts import TellsFacts
+    from celery_resilience.explain import TaskExplained
     from celery_resilience.failed.task import ReplayFence
 
 _ATTRIBUTE = "_celery_resilience"
+
+#: The environment variable by which a worker tells a spawned child, which copies
+#: nothing of it, what a forked one knows.
+WORKER_VARIABLE = "CELERY_RESILIENCE_WORKER"
 
 
 class Resilience:
@@ -41,12 +50,29 @@ class Resilience:
     """
 
     def __init__(self, app: Celery | None = None) -> None:
+        self._app: Celery | None = None
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Celery) -> None:
         """Install into *app*; its settings are read when it is finalized."""
+        self._app = app
         install(app)
+
+    def explain(self) -> list[TaskExplained]:
+        """
+        What celery-resilience changes, or would change, for each task of the app.
+
+        Nothing is sent, and neither broker nor store is asked.
+
+        Raises:
+            ConfigurationError: A setting is wrong, or there is no app yet.
+        """
+        from celery_resilience.explaining import explain_app
+
+        if self._app is None:
+            raise ConfigurationError("there is no app yet: call init_app first")
+        return explain_app(self._app)
 
 
 class IsEnding(Protocol):
@@ -61,7 +87,7 @@ class ChildRooms:
 
     fence: ReplayFence
     starts: StartGuard
-    facts: FactsChannel
+    facts: TellsFacts
     is_ending: IsEnding
 
 
@@ -104,6 +130,7 @@ class Installation:
             broker_url=str(conf.broker_write_url or "amqp://"),
             result_backend=backend if isinstance(backend, str) else None,
             app_dir=self.app_dir,
+            broker_tls=conf.broker_use_ssl,
         )
 
     @property
@@ -115,6 +142,12 @@ class Installation:
             return Path.cwd()
         path = Path(file).resolve()
         return path.parent.parent if path.name == "__init__.py" else path.parent
+
+    @property
+    def archive_dir(self) -> Path:
+        """The folder of the archive: the setting, or beside the app."""
+        name = f"{self.settings.namespace}.failed-archive".replace(":", "-")
+        return self.settings.failed_archive_dir or self.app_dir / name
 
     @property
     def max_crashes(self) -> int:
@@ -135,6 +168,71 @@ class Installation:
             ],
         )
 
+    def failed_queue_of(self, task: Any) -> str | None:
+        """Where an ordinary failure of *task* goes; None: it is not kept."""
+        from celery_resilience.failed.routes import failed_queue_for
+        from celery_resilience.outcome import Reason
+
+        return failed_queue_for(
+            task=task.name,
+            exception="",
+            reason=Reason.EXCEPTION,
+            routes=self.settings.failed_routes,
+            default=self.settings.failed_queue,
+            own=getattr(task, "failed_queue", None),
+        )
+
+    def check_failed_queues(self) -> None:
+        """
+        Make sure that no command takes tasks for failed ones.
+
+        Raises:
+            ConfigurationError: A failed queue is the one that tasks are sent to.
+        """
+        default = self.app.conf.task_default_queue
+        if default in self.failed_queues():
+            raise ConfigurationError(
+                f"{default!r} is the app's task_default_queue, and a failed queue cannot "
+                "be a queue of tasks too: name another one in resilience_failed_queue, "
+                "resilience_failed_routes or the task's failed_queue"
+            )
+
+    def check_store(self) -> None:
+        """
+        Make sure that the store could be opened; nothing is sent to it yet.
+
+        Raises:
+            ConfigurationError: A library or a folder is missing.
+        """
+        if self.store_choice.url is None:
+            return
+        path = sqlite_path(self.store_choice.url)
+        if path is not None and not path.parent.is_dir():
+            raise ConfigurationError(
+                f"resilience_store_url: there is no folder {path.parent}"
+            )
+        try:
+            self._store("backend").load()
+        except MissingExtra as exc:
+            raise ConfigurationError(f"resilience_store_url: {exc}") from exc
+
+    def collect_queues(self) -> list[str]:
+        """
+        The broker's dead-letter queues to collect; a failed queue is collected anyway.
+
+        Raises:
+            ConfigurationError: One of them is the queue that tasks are sent to.
+        """
+        listed = self.settings.collect_queues
+        if self.app.conf.task_default_queue in listed:
+            raise ConfigurationError(
+                f"resilience_collect_queues lists {self.app.conf.task_default_queue!r}, "
+                "which is the app's task_default_queue: its tasks would be taken for "
+                "failed ones. List the dead-letter queue"
+            )
+        failed_queues = self.failed_queues()
+        return [queue for queue in listed if queue not in failed_queues]
+
     def failed_store(self) -> Any:
         """The store of failed tasks, or None when the app has none."""
         return self._store("failed")
@@ -147,19 +245,32 @@ class Installation:
         if self.store_choice.url is None:
             return None
         if not self._stores:
-            from celery_resilience.crashes.sql_store import SqlStartStore
-            from celery_resilience.failed.sql_store import SqlFailedTaskStore
-            from celery_resilience.stores.sql import SqlDatabase
-
-            database = SqlDatabase(
-                self.store_choice.url, create_schema=self.settings.create_schema
-            )
-            self._stores = {
-                "failed": SqlFailedTaskStore(database, self.settings.namespace),
-                "starts": SqlStartStore(database, self.settings.namespace),
-                "database": database,
-            }
+            self._stores = self._open_stores(self.store_choice.url)
         return self._stores[room]
+
+    def _open_stores(self, url: str) -> dict[str, Any]:
+        settings = self.settings
+        if is_redis(url):
+            from celery_resilience.crashes.redis_store import RedisStartStore
+            from celery_resilience.failed.redis_store import RedisFailedTaskStore
+            from celery_resilience.stores.redis import RedisServer
+
+            server = RedisServer(url, settings.namespace, tls=self.store_choice.tls)
+            return {
+                "failed": RedisFailedTaskStore(server),
+                "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
+                "backend": server,
+            }
+        from celery_resilience.crashes.sql_store import SqlStartStore
+        from celery_resilience.failed.sql_store import SqlFailedTaskStore
+        from celery_resilience.stores.sql import SqlDatabase
+
+        database = SqlDatabase(url, create_schema=settings.create_schema)
+        return {
+            "failed": SqlFailedTaskStore(database, settings.namespace),
+            "starts": SqlStartStore(database, settings.namespace),
+            "backend": database,
+        }
 
     def schema_sql(self) -> str:
         """
@@ -169,11 +280,11 @@ class Installation:
             ConfigurationError: The app has no store.
         """
         if self.store_choice.url is None:
-            raise ConfigurationError(
-                f"resilience_store_url is not set: {self.store_choice.why}"
-            )
+            raise ConfigurationError(f"there is no store: {self.store_choice.why}")
+        if is_redis(self.store_choice.url):
+            raise ConfigurationError("the store is in Redis, which has no tables")
         from celery_resilience.crashes import sql_store as crashes
-        from celery_resilience.failed import sql_store as failed
+        from celery_resilience.failed import sql_table as failed
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -195,7 +306,7 @@ def install(app: Celery) -> Installation:
         return found
     installation = Installation(app)
     setattr(app, _ATTRIBUTE, installation)
-    add_worker_flags(app)
+    flags.add_worker_flags(app)
 
     def on_celeryd_init(
         sender: Any = None, instance: Any = None, options: Any = None, **_: Any
@@ -204,7 +315,7 @@ def install(app: Celery) -> Installation:
             installation.flags = {
                 name: value
                 for name, value in (options or {}).items()
-                if name in WORKER_FLAGS and value is not None
+                if name in flags.NAMES and value is not None
             }
 
     def on_worker_init(sender: Any = None, **_: Any) -> None:
@@ -213,10 +324,26 @@ def install(app: Celery) -> Installation:
 
             prepare_worker(installation, sender)
 
+    def on_worker_process_init(**_: Any) -> None:
+        told = os.environ.get(WORKER_VARIABLE)
+        if told and installation.child is None and installation.settings.enabled:
+            from celery_resilience.worker import prepare_spawned_child
+
+            prepare_spawned_child(installation, json.loads(told))
+
     uid = f"celery_resilience-{id(app)}"
     signals.celeryd_init.connect(on_celeryd_init, weak=False, dispatch_uid=uid)
     signals.worker_init.connect(on_worker_init, weak=False, dispatch_uid=uid)
+    signals.worker_process_init.connect(
+        on_worker_process_init, weak=False, dispatch_uid=uid
+    )
     return installation
+
+
+def installed_or_new(app: Celery) -> Installation:
+    """What is installed in *app*; or else what would be, and is not."""
+    found: Installation | None = getattr(app, _ATTRIBUTE, None)
+    return Installation(app) if found is None else found
 
 
 def installation_of(app: Celery) -> Installation:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 MASK = "***"
 
 #: Parts of names that are hidden without being asked for.
-HIDDEN_WORDS = (
+HIDDEN_PARTS = (
     "password",
     "passwd",
     "passphrase",
@@ -29,14 +30,20 @@ HIDDEN_WORDS = (
     "cookie",
     "session_id",
     "card_number",
-    "cvv",
-    "cvc",
-    "iban",
-    "ssn",
 )
+
+#: Words of names that are hidden too; as parts they would hide a "classname".
+HIDDEN_WORDS = ("cvv", "cvc", "iban", "ssn")
 
 MAX_DEPTH = 4
 MAX_ITEMS = 20
+
+#: Values of one call that are looked at; their text is cut far below.
+MAX_VALUES = 1_000
+
+#: Keys of one mapping among which secrets are looked for, shown or not.
+MAX_KEYS = 200
+
 MAX_VALUE_CHARS = 256
 MAX_TEXT_CHARS = 2048
 
@@ -76,33 +83,32 @@ def show_arguments(
         kwargs: Keyword arguments as the worker decoded them; any object.
         parameters: Names of the positional parameters, so that a positional
             secret is known by its name.
-        hidden: Names to hide besides `HIDDEN_WORDS`; compared whole, any case.
+        hidden: Names to hide besides the usual ones; compared whole, any case.
     """
-    secrets: list[str] = []
-    names = frozenset(name.lower() for name in hidden)
+    look = _Look(frozenset(name.lower() for name in hidden))
     named: dict[str, str] = {}
     if isinstance(args, list | tuple):
         shown = []
         for i, value in enumerate(args[:MAX_ITEMS]):
             name = parameters[i] if i < len(parameters) else str(i)
-            named[name] = _show_named(name, value, names, secrets)
+            named[name] = look.show_named(name, value, depth=1)
             shown.append(named[name])
-        if len(args) > MAX_ITEMS:
-            shown.append(f"... {len(args) - MAX_ITEMS} more")
+        _and_more(shown, len(args))
         text = f"({', '.join(shown)}{',' if len(args) == 1 else ''})"
     else:
-        text = _show(args, names, secrets, 0)
+        text = look.show(args)
+    shown_kwargs = look.show(kwargs)
     if isinstance(kwargs, Mapping):
         for key, value in _first(kwargs.items()):
-            named[str(key)] = _show_named(str(key), value, names, secrets)
-    return ShownArguments(
-        cut(text), cut(_show(kwargs, names, secrets, 0)), named, tuple(secrets)
-    )
+            name = safe_text(key)
+            named[name] = look.show_named(name, value, depth=1)
+    return ShownArguments(cut(text), cut(shown_kwargs), named, tuple(look.secrets))
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
     """Blank *secrets* out of a message or traceback that quotes them."""
-    for secret in secrets:
+    # The longest first, for one may begin with another.
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
 
@@ -136,7 +142,8 @@ def storable(text: str) -> str:
 
 #: C0 and C1 control characters, and what reorders or hides text on a screen.
 _CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
@@ -151,64 +158,106 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
 @lru_cache(maxsize=4096)
 def _is_hidden(name: str, names: frozenset[str]) -> bool:
     lower = name.lower()
-    return lower in names or any(
-        word in lower.replace("-", "_") for word in HIDDEN_WORDS
+    plain = re.sub(r"[^a-z0-9]", "_", lower)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]", "_", name).lower()
+    return (
+        lower in names
+        or any(part in plain for part in HIDDEN_PARTS)
+        or any(word in HIDDEN_WORDS for word in words.split("_"))
     )
 
 
-def _show_named(
-    name: str, value: Any, names: frozenset[str], secrets: list[str], depth: int = 0
-) -> str:
-    if name and _is_hidden(name, names):
-        _remember(value, secrets)
-        return f"'{MASK}'"
-    return _show(value, names, secrets, depth + 1)
+class _Look:
+    """
+    One look at a call's arguments, of bounded length whatever they are.
 
+    Args:
+        names: Hidden besides the usual ones, in lower case.
 
-def _remember(value: Any, secrets: list[str]) -> None:
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        text = safe_text(value)
-        if len(text) >= MIN_SECRET_CHARS:
-            secrets.append(text)
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            _remember(inner, secrets)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for inner in value:
-            _remember(inner, secrets)
+    Attributes:
+        secrets: The values that were hidden.
+    """
 
+    def __init__(self, names: frozenset[str]) -> None:
+        self.secrets: list[str] = []
+        self._names = names
+        self._left = MAX_VALUES
 
-def _show(value: Any, names: frozenset[str], secrets: list[str], depth: int) -> str:
-    kind = type(value)
-    if kind is bool or kind is float or value is None:
-        return repr(value)
-    if kind is str:
-        return storable(repr(cut(value, MAX_VALUE_CHARS)))
-    if depth > MAX_DEPTH:
-        return "..."
-    if kind is dict:
-        shown = [
-            f"{_show(key, names, secrets, depth + 1)}: "
-            + _show_named(key if type(key) is str else "", inner, names, secrets, depth)
-            for key, inner in _first(value.items())
-        ]
+    def show_named(self, name: str, value: Any, depth: int) -> str:
+        """The text of a value, or a mask where its name is hidden."""
+        if name and _is_hidden(name, self._names):
+            self._remember(value)
+            return f"'{MASK}'"
+        return self.show(value, depth)
+
+    def show(self, value: Any, depth: int = 0) -> str:
+        """The text of a value with what is hidden in it masked."""
+        self._left -= 1
+        if depth > MAX_DEPTH or self._left < 0:
+            return "..."
+        try:
+            return storable(self._text(value, depth))
+        except Exception as exc:
+            kind = type(value).__name__
+            return f"<{kind} whose repr raised {type(exc).__name__}>"
+
+    def _text(self, value: Any, depth: int) -> str:
+        if isinstance(value, str):
+            return repr(cut(str(value), MAX_VALUE_CHARS))
+        if isinstance(value, Mapping):
+            return self._mapping(value, depth)
+        if isinstance(value, list | tuple | set | frozenset):
+            shown = [self.show(inner, depth + 1) for inner in _first(value)]
+            text = ", ".join(_and_more(shown, len(value)))
+            if isinstance(value, tuple):
+                return f"({text})"
+            return f"[{text}]" if isinstance(value, list) else f"{{{text}}}"
+        if isinstance(value, bytes | bytearray) and len(value) > MAX_VALUE_CHARS:
+            shown_part = repr(bytes(value[:MAX_VALUE_CHARS]))
+            return f"{shown_part}... [{len(value) - MAX_VALUE_CHARS} bytes cut]"
+        return cut(repr(value), MAX_VALUE_CHARS)
+
+    def _mapping(self, value: Mapping[Any, Any], depth: int) -> str:
+        shown: list[str] = []
+        for key, inner in islice(value.items(), MAX_KEYS):
+            name = str(key) if isinstance(key, str) else ""
+            if len(shown) < MAX_ITEMS:
+                text = self.show_named(name, inner, depth + 1)
+                shown.append(f"{self.show(key, depth + 1)}: {text}")
+            elif name and _is_hidden(name, self._names):
+                self._remember(inner)
         return "{" + ", ".join(_and_more(shown, len(value))) + "}"
-    if kind is list or kind is tuple:
-        shown = [_show(inner, names, secrets, depth + 1) for inner in _first(value)]
-        text = ", ".join(_and_more(shown, len(value)))
-        return f"[{text}]" if kind is list else f"({text})"
-    try:
-        text = repr(value)
-    except Exception as exc:
-        text = f"<{kind.__name__} whose repr raised {type(exc).__name__}>"
-    return storable(cut(text, MAX_VALUE_CHARS))
+
+    def _remember(self, value: Any) -> None:
+        if isinstance(value, str):
+            self._remember_text(str(value))
+        elif isinstance(value, bytes | bytearray):
+            self._remember_text(repr(bytes(value))[2:-1])
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            self._remember_text(repr(value))
+        elif isinstance(value, Mapping):
+            for inner in islice(value.values(), MAX_KEYS):
+                self._remember(inner)
+        elif isinstance(value, list | tuple | set | frozenset):
+            for inner in islice(value, MAX_KEYS):
+                self._remember(inner)
+
+    def _remember_text(self, text: str) -> None:
+        if len(text) >= MIN_SECRET_CHARS:
+            self.secrets.append(storable(text))
 
 
 def _first(values: Iterable[Any]) -> list[Any]:
-    return [value for value, _ in zip(values, range(MAX_ITEMS), strict=False)]
+    return list(islice(values, MAX_ITEMS))
 
 
 def _and_more(shown: list[str], count: int) -> list[str]:
     if count > len(shown):
         shown.append(f"... {count - len(shown)} more")
     return shown
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be logged; any other text is as it was."""
+    url = re.sub(r"(?<=://)([^/@:]*):(?:[^/]*|[^@]*)@", rf"\1:{MASK}@", url, count=1)
+    return re.sub(r"(?i)((?:^|[?&])[^=&]*password=)[^&]*", rf"\1{MASK}", url)

@@ -15,17 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.redaction import without_password
 
 PREFIX = "resilience_"
 
 #: Settings of the public contract whose feature this release does not have,
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
-    "failed_keep_days": 30,
-    "failed_max": 100_000,
-    "failed_max_mib": 512,
     "failed_chords": "fail",
-    "collect_queues": (),
     "if_store_down": "wait",
     "circuits": {},
     "memory_recycle_mib": None,
@@ -71,6 +68,18 @@ def _seconds(value: Any) -> float:
     raise _Refused("a number of seconds above 0")
 
 
+def _days(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    raise _Refused("a number of days above 0, or None")
+
+
+def _mib(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+        return float(value)
+    raise _Refused("a number of MiB from 1, or None")
+
+
 def _names(value: Any) -> tuple[str, ...]:
     if (
         isinstance(value, list | tuple | set | frozenset)
@@ -78,6 +87,15 @@ def _names(value: Any) -> tuple[str, ...]:
     ):  # fmt: skip
         return tuple(value)
     raise _Refused("a list of argument names")
+
+
+def _queues(value: Any) -> tuple[str, ...]:
+    if (
+        isinstance(value, list | tuple | set | frozenset)
+        and all(isinstance(name, str) and name for name in value)
+    ):  # fmt: skip
+        return tuple(dict.fromkeys(value))
+    raise _Refused("a list of queue names")
 
 
 def _routes(value: Any) -> tuple[tuple[str, str | None], ...]:
@@ -107,16 +125,53 @@ def _log_format(value: Any) -> str:
 
 #: Kinds of store, by the start of their URL, with the URL to write.
 STORES = {
+    "redis": "redis://:password@host:6379/0",
     "postgresql": "postgresql+psycopg://user:password@host/database",
+    "mysql": "mysql+pymysql://user:password@host/database",
+    "mariadb": "mariadb+pymysql://user:password@host/database",
     "sqlite": "sqlite:////absolute/path/failed.sqlite3",
 }
 
 
 def _store_url(value: Any) -> str:
-    kind = urlsplit(value).scheme.split("+")[0] if isinstance(value, str) else ""
-    if kind in STORES:
-        return str(value)
+    if isinstance(value, str) and _is_store_url(value):
+        return value
     raise _Refused("one of " + ", ".join(STORES.values()))
+
+
+def _is_store_url(url: str) -> bool:
+    kind, sign, _ = url.partition("://")
+    try:
+        urlsplit(url).port  # noqa: B018 -- raises where it is no number
+    except ValueError:
+        return False
+    path = sqlite_path(url)
+    if path is not None and path.name in ("", ":memory:"):
+        return False  # each process would have one of its own
+    return bool(sign) and (kind.split("+")[0] in STORES or kind == "rediss")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of a SQLite store; None for another store."""
+    kind, _, rest = url.partition("://")
+    if kind.split("+")[0] != "sqlite":
+        return None
+    return Path(rest.partition("?")[0].removeprefix("/"))
+
+
+def _with_absolute_path(url: str, folder: Path) -> str:
+    """The URL of a SQLite store whose path is one for every process."""
+    path = sqlite_path(url.removeprefix("db+"))
+    if path is None or path.is_absolute():
+        return url
+    start, _, query = url.partition("?")
+    start = start.partition("://")[0]
+    return f"{start}:///{folder / path}" + (f"?{query}" if query else "")
+
+
+def is_redis(url: str) -> bool:
+    """Whether a store's or a broker's URL is one of Redis."""
+    return url.partition("://")[0].split("+")[0] in ("redis", "rediss")
 
 
 def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -141,8 +196,9 @@ class Settings:
     store_url: str | None = _setting(
         None,
         _optional(_store_url),
-        "Where failed tasks are kept. Default: the result backend if it is a "
-        "database, else SQLite beside the app if the broker is local, else none.",
+        "Where failed tasks are kept. Default: the broker if it is Redis, else the "
+        "result backend if it is a database, else SQLite beside the app if the broker "
+        "is local, else none.",
     )
     create_schema: bool = _setting(
         True, _boolean, "Create the store's tables on first use."
@@ -155,8 +211,37 @@ class Settings:
         _routes,
         "{task glob, exception name or reason: queue, or None to drop}; first match.",
     )
+    failed_keep_days: float | None = _setting(
+        30.0,
+        _optional(_days),
+        "Days after its last failure that a failed task stays in the store. Older ones "
+        "go to the archive. None: for ever.",
+    )
+    failed_max: int | None = _setting(
+        100_000,
+        _optional(_count),
+        "Failed tasks of each failed queue in the store; the oldest above go to the "
+        "archive. None: any number.",
+    )
+    failed_max_mib: float | None = _setting(
+        512.0,
+        _optional(_mib),
+        "MiB of each failed queue in the store; the oldest above go to the archive. "
+        "None: any size.",
+    )
+    failed_archive_dir: Path | None = _setting(
+        None,
+        _optional(_folder),
+        "Folder of the archive, on the host that collects. "
+        'Default: "{namespace}.failed-archive" beside the app.',
+    )
     collect_failed: bool = _setting(
         False, _boolean, "This worker also runs the collector, as -B runs beat."
+    )
+    collect_queues: tuple[str, ...] = _setting(
+        (),
+        _queues,
+        "Dead-letter queues of the broker that are collected too.",
     )
     spool_dir: Path | None = _setting(
         None,
@@ -194,26 +279,28 @@ def read_settings(
         app_name: The app's name, which is the default namespace.
 
     Raises:
-        ConfigurationError: Some are wrong; the message names each, with its
-            value and what is accepted.
+        ConfigurationError: Some are wrong; the message names each as it was
+            written, with its value and what is accepted.
     """
     known = {f.name: f for f in fields(Settings)}
     values: dict[str, Any] = {}
     wrong: list[str] = []
-    for name, value in _resilience_keys(conf, prefix).items():
+    for name, (key, value) in _resilience_keys(conf, prefix).items():
         if name in known:
             try:
                 values[name] = known[name].metadata["check"](value)
             except _Refused as refused:
-                wrong.append(f"{PREFIX}{name} must be {refused}, got {value!r}")
+                shown = without_password(value) if isinstance(value, str) else value
+                wrong.append(f"{key} must be {refused}, got {shown!r}")
         elif name in NOT_IN_THIS_RELEASE:
-            if value != NOT_IN_THIS_RELEASE[name]:
+            unset = NOT_IN_THIS_RELEASE[name]
+            if value != unset and (value or unset):
                 wrong.append(
-                    f"{PREFIX}{name} is not in this release of celery-resilience: "
+                    f"{key} is not in this release of celery-resilience: "
                     f"remove it, got {value!r}"
                 )
         else:
-            wrong.append(_unknown(name, [*known, *NOT_IN_THIS_RELEASE]))
+            wrong.append(_unknown(key, name, [*known, *NOT_IN_THIS_RELEASE]))
     if wrong:
         raise ConfigurationError("; ".join(wrong))
     if "namespace" not in values:
@@ -229,39 +316,57 @@ def default_namespace(app_name: str | None) -> str:
     return cleaned if cleaned and cleaned != "__main__" else "celery"
 
 
-def _resilience_keys(conf: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The names (without "resilience_") that the user wrote, with their values."""
-    found: dict[str, Any] = {}
+def _resilience_keys(
+    conf: Mapping[str, Any], prefix: str
+) -> dict[str, tuple[str, Any]]:
+    """The names (without "resilience_"), as the user wrote each, and its value."""
+    found: dict[str, tuple[str, Any]] = {}
     for key in list(conf):
         name = key.lower()
         if prefix and name.startswith(prefix.lower()):
             name = name[len(prefix) :]
+        elif prefix and key.isupper():
+            continue  # another library's, in the same module of settings
         if name.startswith(PREFIX):
             name = name[len(PREFIX) :]
-            found[name] = conf.get(PREFIX + name, conf.get(key))
+            found[name] = key, conf.get(PREFIX + name, conf.get(key))
     return found
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def _unknown(key: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    guess = f", did you mean {PREFIX}{near[0]}?" if near else ""
-    return f"unknown setting {PREFIX}{name}{guess}"
+    if not near:
+        return f"unknown setting {key}"
+    start = key[: len(key) - len(name)]
+    meant = near[0].upper() if start.isupper() else near[0]
+    return f"unknown setting {key}, did you mean {start}{meant}?"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreChoice:
-    """Where an app's failed tasks are kept, and why there."""
+    """
+    Where an app's failed tasks are kept, and why there.
+
+    Attributes:
+        tls: What redis-py needs to know of TLS, where that is the broker's.
+    """
 
     url: str | None
     why: str
+    tls: Mapping[str, Any] | None = None
 
 
 #: Brokers whose messages never leave this host.
-LOCAL_BROKERS = frozenset({"filesystem", "memory", "sqla", "sqlalchemy"})
+LOCAL_BROKERS = frozenset({"filesystem", "memory"})
 
 
 def choose_store(
-    settings: Settings, *, broker_url: str, result_backend: str | None, app_dir: Path
+    settings: Settings,
+    *,
+    broker_url: str,
+    result_backend: str | None,
+    app_dir: Path,
+    broker_tls: Any = None,
 ) -> StoreChoice:
     """
     Find the store of an app from what it already has.
@@ -271,29 +376,29 @@ def choose_store(
         broker_url: The broker that the app writes to.
         result_backend: The app's result backend as it is configured.
         app_dir: The folder beside which a local store is put.
+        broker_tls: The app's `broker_use_ssl`.
     """
     if settings.store_url:
-        return StoreChoice(settings.store_url, "resilience_store_url")
-    backend = result_backend or ""
+        url = _with_absolute_path(settings.store_url, app_dir)
+        return StoreChoice(url, "resilience_store_url")
+    if is_redis(broker_url):
+        # Of several, which are for when the first is away, the first.
+        url = broker_url.split(";")[0]
+        if broker_tls:
+            url = re.sub("^redis://", "rediss://", url)
+        tls = broker_tls if isinstance(broker_tls, Mapping) else None
+        return StoreChoice(url, "the broker", tls)
+    backend = _with_absolute_path(result_backend or "", app_dir)
     if backend.startswith("db+"):
         backend = backend[3:]
-        kind = urlsplit(backend).scheme.split("+")[0]
-        if kind in STORES:
+        if _is_store_url(backend):
             return StoreChoice(backend, "the result backend")
-    transport = broker_url.split("://")[0].split("+")[0]
-    if transport in LOCAL_BROKERS:
+    transport, _, database = broker_url.partition("://")[0].partition("+")
+    if transport in LOCAL_BROKERS or database == "sqlite":
         path = app_dir / f"{settings.namespace}.resilience.sqlite3"
         return StoreChoice(f"sqlite:///{path}", f"beside the app, as {transport} is")
     return StoreChoice(
         None,
-        f"none: set resilience_store_url ({' or '.join(STORES.values())}); until "
-        "then failed tasks stay in their queue",
+        f"set resilience_store_url ({' or '.join(STORES.values())}); until then failed "
+        "tasks stay in their queue",
     )
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be logged."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return url.replace(f":{parts.password}@", f":{'*' * 3}@", 1)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from celery import Task
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_resilience.delivery.failure import describe
-from celery_resilience.delivery.message import HEADER, marks_of
-from celery_resilience.delivery.outcome import Reason
+from celery_resilience import _celery
 from celery_resilience.errors import (
     ConfigurationError,
+    MissingExtra,
+    Replaced,
     RetryNotPublished,
     Skip,
     TaskExited,
 )
+from celery_resilience.failure import describe
+from celery_resilience.message import HEADER, id_text, marks_of
+from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 
 if TYPE_CHECKING:
@@ -30,8 +34,29 @@ if TYPE_CHECKING:
 #: Where a request remembers the exception with which its retries were spent.
 EXHAUSTED = "_resilience_exhausted"
 
-#: Marks that a retry inherits: it belongs to the same replay.
+#: Where a request remembers that another message reports how its replay ended.
+REPLACED = "_resilience_replaced"
+
+#: Marks that a retry or a replacement inherits: it belongs to the same replay.
 INHERITED_MARKS = ("replay",)
+
+
+#: Names of arguments; one string is no list of them.
+Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
+
+
+class TaskOptions(TypedDict, total=False):
+    """
+    The options of a resilient task, for type checkers: they check what they see here.
+
+    `@app.task(base=ResilientTask, **TaskOptions(max_crashes=2))` is the same to
+    Celery as `@app.task(base=ResilientTask, max_crashes=2)`, whose options no checker
+    knows. What they mean is told at `ResilientTask`.
+    """
+
+    failed_queue: str | Literal[False] | None
+    redact: Names
+    max_crashes: int | None
 
 
 class ResilientTask(Task):  # type: ignore[type-arg]
@@ -52,12 +77,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
     abstract = True
 
-    failed_queue: str | bool | None = None
-    redact: Sequence[str] = ()
+    failed_queue: str | Literal[False] | None = None
+    redact: Names = ()
     max_crashes: int | None = None
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
+    _base_has_a_call: ClassVar[bool] = True
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -65,12 +91,15 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         from celery_resilience.install import install
 
         cls._installation = install(app)
+        cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
         check_options(cls)
         super().on_bound(app)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """
         Run the body, in a worker with the rooms around it.
+
+        Where they are off, or the task is applied eagerly, only Skip is ours.
 
         0. replay fence and crash count, only for messages with a past;
         1. the body;
@@ -81,20 +110,31 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         if (
             rooms is None
             or request is None
-            or request.called_directly
-            or request._protected  # type: ignore[attr-defined]
+            or not _celery.is_a_delivery(request)
             or self.name.startswith("celery.")
         ):
-            return super().__call__(*args, **kwargs)
+            try:
+                return super().__call__(*args, **kwargs)
+            except Skip as skip:
+                if request is None or request.called_directly:
+                    raise
+                return skip.result
         after_body = None
         try:
             if HEADER in request.__dict__ or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
-            return super().__call__(*args, **kwargs)
+            if self._base_has_a_call:
+                return super().__call__(*args, **kwargs)
+            _celery.enter_body(request)
+            return self.run(*args, **kwargs)
         except Skip as skip:
-            rooms.facts.send(request.id or "", {"skipped": safe_text(skip.reason)})
+            rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
             return skip.result
-        except (Retry, Ignore, Reject):
+        except Ignore as ignore:
+            if REPLACED in vars(request):
+                raise Replaced from ignore
+            raise
+        except (Retry, Reject):
             raise
         except BaseException as exc:
             if not rooms.is_ending(exc):
@@ -102,6 +142,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 if not isinstance(exc, Exception):
                     # It would end the child, or be lost on threads and gevent.
                     raise TaskExited(f"{type(exc).__name__}: {safe_text(exc)}") from exc
+            # As without us: each frame is formatted and sent for each failure.
+            exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
             if after_body is not None:
@@ -118,8 +160,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 rooms.fence.before(marks)
             if not self.acks_late:
                 return None
+            if "replay" not in marks and _is_redelivered(request):
+                rooms.fence.before_redelivery(request.id or "")
             return rooms.starts.before(
-                request.id or "",
+                id_text(request.id),
                 request.retries,
                 marks,
                 is_redelivered=_is_redelivered(request),
@@ -134,7 +178,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             facts = describe(exc, package)
             if vars(request).get(EXHAUSTED) == id(exc):
                 facts["reason"] = Reason.RETRIES_EXHAUSTED
-            rooms.facts.send(request.id or "", facts)
+            rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -161,50 +205,87 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def signature_from_request(
         self, request: Context | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """A retry's signature, without the marks of this delivery's past."""
+        """A retry's signature, with the mark of its replay and no other."""
         signature = super().signature_from_request(request, *args, **kwargs)
-        headers = signature.options.get("headers")
-        if headers and HEADER in headers:
-            inherited = {
-                name: mark
-                for name, mark in headers[HEADER].items()
-                if name in INHERITED_MARKS
-            }
+        request = self.request_stack.top if request is None else request
+        marks = inherited_marks(request)
+        headers = signature.options.get("headers") or {}
+        if marks or HEADER in headers:
             headers = {k: v for k, v in headers.items() if k != HEADER}
-            if inherited:
-                headers[HEADER] = inherited
-            signature.options["headers"] = headers
+            signature.options["headers"] = {**headers, **marks}
         return signature
+
+    def on_replace(self, sig: Any) -> Any:
+        """Celery's replacement, which belongs to the same replay."""
+        request = self.request_stack.top
+        marks = inherited_marks(request)
+        if request is not None and marks:
+            heir = _celery.signature_of(sig, request.id)
+            if heir is not None and isinstance(
+                self.app.tasks.get(heir.task), ResilientTask
+            ):
+                headers = heir.options.get("headers") or {}
+                heir.options["headers"] = {**headers, **marks}
+                vars(request)[REPLACED] = True
+        return super().on_replace(sig)
 
     def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
         """Send the task when the Django transaction is committed."""
-        self.apply_async_on_commit(args, kwargs)
+        self._of_django("delay_on_commit")(*args, **kwargs)
 
     def apply_async_on_commit(self, *args: Any, **kwargs: Any) -> None:
         """Send the task with options when the Django transaction is committed."""
-        from celery.contrib.django.task import DjangoTask
+        self._of_django("apply_async_on_commit")(*args, **kwargs)
 
-        on_commit: Any = DjangoTask.apply_async_on_commit
-        on_commit(self, *args, **kwargs)
+    def _of_django(self, name: str) -> Callable[..., None]:
+        """
+        A method of Celery's DjangoTask, or of the app's own base class mixed in.
+
+        Celery gives DjangoTask only to tasks without a base of their own
+        (``fixups/django.py``), and it imports Django.
+
+        Raises:
+            MissingExtra: Django is not installed.
+        """
+        own: Callable[..., None] | None = getattr(super(), name, None)
+        if own is not None:
+            return own
+        try:
+            from celery.contrib.django.task import DjangoTask
+        except ModuleNotFoundError as exc:
+            raise MissingExtra.of("Django", "django", name) from exc
+        return MethodType(getattr(DjangoTask, name), self)
 
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the body's positional parameters, without a bound `self`."""
-        try:
-            parameters = inspect.signature(self.run).parameters.values()
-        except (TypeError, ValueError):
-            return ()
-        return tuple(
-            p.name
-            for p in parameters
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        )
+        return parameters_of(self.run)
 
     @cached_property
     def hidden_names(self) -> tuple[str, ...]:
         """Names of arguments that are never shown."""
         settings = self._installation and self._installation.settings
         return (*self.redact, *(settings.redact if settings else ()))
+
+
+def inherited_marks(request: Context | None) -> dict[str, Any]:
+    """The header by which what follows a run belongs to the same replay, or {}."""
+    marks = marks_of(None if request is None else vars(request))
+    kept = {name: marks[name] for name in INHERITED_MARKS if name in marks}
+    return {HEADER: kept} if kept else {}
+
+
+def parameters_of(run: Any) -> tuple[str, ...]:
+    """Names of the positional parameters of a task's body, without a bound `self`."""
+    try:
+        parameters = inspect.signature(run).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
 
 
 def _is_redelivered(request: Context) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -18,22 +20,31 @@ from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
 from celery_resilience.delivery.bootstep import delivery_step
 from celery_resilience.delivery.consumer import build_consumer_class
-from celery_resilience.delivery.facts import FactsChannel
+from celery_resilience.delivery.deliveries import Deliveries
+from celery_resilience.delivery.facts import FactsChannel, NoFacts
 from celery_resilience.delivery.outbox import Outbox
-from celery_resilience.delivery.publisher import Publisher
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.request import build_request_class
-from celery_resilience.delivery.settle import Deliveries
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
-from celery_resilience.install import ChildRooms, Installation
+from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
 
 logger = logging.getLogger("celery_resilience.worker")
+
+#: RabbitMQ's `consumer_timeout` where nobody has set another, since 3.8.17.
+CONSUMER_TIMEOUT_S = 1_800.0
+
+#: kombu's own for Redis (``kombu/transport/redis.py``), where nobody has set another.
+VISIBILITY_TIMEOUT_S = 3_600.0
+
+#: Visibility timeouts after which a message is surely not delivered again.
+REDELIVERED_WITHIN = 2
 
 
 class WorkerSetup:
@@ -52,6 +63,7 @@ class WorkerSetup:
         settings = installation.settings
         self.worker_id = f"{worker.hostname}:{os.getpid()}:{time.time():.0f}"
         self.failed_queues = installation.failed_queues()
+        self.collect_queues = installation.collect_queues()
         self.publisher = Publisher(self.app)
         self.deliveries = Deliveries(
             worker=worker.hostname,
@@ -74,15 +86,26 @@ class WorkerSetup:
                 window_s=settings.crash_window_s,
                 clock=time.time,
             ),
-            gate=Gate(lambda request: worker._process_task(request)),
+            gate=Gate(
+                lambda request: worker._process_task(request),
+                start=self._start_releasing,
+            ),
         )
         self.starts = StartGuard(
             installation.start_store,
             max_crashes=installation.max_crashes,
             window_s=settings.crash_window_s,
             worker=self.worker_id,
+            tell=self.deliveries.facts.send,
         )
-        self.weak_doors = _celery.missing_doors(_celery.OTHER_DOORS)
+
+    def _start_releasing(self, release: Callable[[], None]) -> None:
+        """Hand requests to the pool where that may wait for a free slot."""
+        if _celery.is_event_loop_prefork(self.worker.pool):
+            # It never waits, and is not to be called from another thread.
+            release()
+        else:
+            threading.Thread(target=release, name="gate", daemon=True).start()
 
     def check(self) -> None:
         """
@@ -98,17 +121,27 @@ class WorkerSetup:
                 f"failed tasks: {', '.join(missing)}. Upgrade celery-resilience, or "
                 "set resilience_enabled = False to run without it"
             )
-        consumed = set(self.app.amqp.queues.consume_from) & set(self.failed_queues)
-        if consumed:
+        self.installation.check_failed_queues()
+        for what, queues in (
+            ("a failed queue", self.failed_queues),
+            ("a queue of resilience_collect_queues", self.collect_queues),
+        ):
+            consumed = set(self.app.amqp.queues.consume_from) & set(queues)
+            if consumed:
+                raise ConfigurationError(
+                    f"{', '.join(sorted(consumed))}: {what} cannot be consumed as "
+                    "tasks. Take it out of -Q and task_queues; `celery -A app failed "
+                    "collect` or --collect-failed empties it"
+                )
+        choice = self.installation.store_choice
+        if self.collects and choice.url is None:
             raise ConfigurationError(
-                f"{', '.join(sorted(consumed))}: a failed queue cannot be consumed as "
-                "tasks. Take it out of -Q and task_queues; `celery -A app failed "
-                "collect` or --collect-failed empties it"
+                f"--collect-failed needs a store, and there is none: {choice.why}"
             )
-        if self.collects and self.installation.store_choice.url is None:
-            raise ConfigurationError(
-                "resilience_store_url is not set, and --collect-failed needs a store"
-            )
+        self.installation.check_store()
+        spool = self.installation.settings.spool_dir
+        if spool is not None:
+            Spool(spool).check()
 
     @property
     def collects(self) -> bool:
@@ -124,16 +157,21 @@ class WorkerSetup:
             symbol_by_name(worker.consumer_cls),
             deliveries=self.deliveries,
             visibility=visibility,
-            prepare_tasks=self._prepare_tasks,
-            is_failed_queue=lambda name: name in self.failed_queues,
+            prepare_tasks=self.prepare_tasks,
+            is_failed_queue=lambda name: (
+                name in self.failed_queues or name in self.collect_queues
+            ),
         )
         step = delivery_step(self.deliveries, visibility)
         replace_step(self.app, "consumer", step)
         installation.child = ChildRooms(
-            fence=ReplayFence(installation.failed_store),
+            fence=replay_fence(installation),
             starts=self.starts,
             facts=self.deliveries.facts,
             is_ending=_is_ending,
+        )
+        os.environ[WORKER_VARIABLE] = json.dumps(
+            {"worker": self.worker_id, "max_crashes": installation.max_crashes}
         )
         FailureLog(installation.settings.log_format).attach()
         log = WorkerLog(self.deliveries, self.start_line)
@@ -142,7 +180,7 @@ class WorkerSetup:
 
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
-                log.started(self.weak_doors)
+                log.started(self.warnings())
 
         def on_shutting_down(sender: Any = None, **_: Any) -> None:
             if sender == hostname:
@@ -152,6 +190,7 @@ class WorkerSetup:
         def on_shutdown(sender: Any = None, **_: Any) -> None:
             if sender is worker:
                 self.publisher.close()
+                self.deliveries.facts.close()
                 log.stopped()
 
         signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
@@ -163,14 +202,14 @@ class WorkerSetup:
     def start_line(self) -> str:
         """What an operator should know of this worker, in one line."""
         from celery_resilience import __version__
-        from celery_resilience.settings import without_password
+        from celery_resilience.redaction import without_password
 
         installation = self.installation
         settings, choice = installation.settings, installation.store_choice
         kept = (
             f"kept in {without_password(choice.url)} ({choice.why})"
             if choice.url
-            else f"kept in no store: {choice.why}"
+            else f"kept in no store ({choice.why})"
         )
         spool = settings.spool_dir or "none: messages stay unacknowledged"
         return (
@@ -178,13 +217,53 @@ class WorkerSetup:
             f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
             f"at most {installation.max_crashes} crashes; "
             f"{'collects here' if self.collects else 'does not collect here'}"
+            f"{self._other_queues()}"
         )
+
+    def _other_queues(self) -> str:
+        queues = ", ".join(self.collect_queues)
+        return f"; dead-letter queues {queues}" if queues else ""
+
+    def warnings(self) -> list[str]:
+        """What is weaker here than it should be, a sentence each."""
+        found = []
+        weak_doors = _celery.missing_doors(_celery.OTHER_DOORS)
+        if weak_doors:
+            found.append(
+                f"this release of Celery lacks {', '.join(weak_doors)}: "
+                f"{len(weak_doors)} promises are weaker"
+            )
+        method = getattr(self.app.conf, "worker_pool_start_method", None) or "fork"
+        if method != "fork":
+            found.append(
+                f"worker_pool_start_method is {method!r}: children cannot tell this "
+                "process what only they know, so that Skip counts as succeeded, "
+                "retries_exhausted as exception, an exception that cannot be pickled "
+                "by its wrapper, and whole-worker deaths do not add to a child's crashes"
+            )
+        with self.app.connection_for_read() as connection:
+            is_amqp = connection.transport.driver_type == "amqp"
+        too_long = sorted(
+            f"{task.name} ({limit:.0f} s)"
+            for task in self.app.tasks.values()
+            if isinstance(task, ResilientTask)
+            and task.acks_late
+            and (limit := task.time_limit or 0) > CONSUMER_TIMEOUT_S
+        )
+        if is_amqp and too_long:
+            found.append(
+                "RabbitMQ closes the channel of a message that is unacknowledged for "
+                f"{CONSUMER_TIMEOUT_S / 60:.0f} minutes, unless its consumer_timeout is "
+                "longer, and delivers it again; these late-acked tasks may run longer: "
+                f"{', '.join(too_long)}"
+            )
+        return found
 
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)
         return task.failed_queue if isinstance(task, ResilientTask) else None
 
-    def _prepare_tasks(self) -> None:
+    def prepare_tasks(self) -> None:
         """Give every resilient task our Request, on top of the one that it has."""
         for task in self.app.tasks.values():
             if isinstance(task, ResilientTask) and not task.name.startswith("celery."):
@@ -192,6 +271,18 @@ class WorkerSetup:
                 if getattr(base, "deliveries", None) is not self.deliveries:
                     ours: Any = build_request_class(base, self.deliveries)
                     task.Request = ours
+
+
+def replay_fence(installation: Installation) -> ReplayFence:
+    """What the processes of a worker ask before they run a message with a past."""
+    options = installation.app.conf.broker_transport_options or {}
+    visibility_timeout_s = options.get("visibility_timeout") or VISIBILITY_TIMEOUT_S
+    return ReplayFence(
+        installation.failed_store,
+        namespace=installation.settings.namespace,
+        clock=time.time,
+        redelivered_within_s=REDELIVERED_WITHIN * float(visibility_timeout_s),
+    )
 
 
 def prepare_worker(installation: Installation, worker: Any) -> None:
@@ -217,6 +308,28 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     app.steps["worker"].discard(CollectorStep)
     if setup is not None and refusal is None and setup.collects:
         app.steps["worker"].add(CollectorStep)
+
+
+def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -> None:
+    """
+    Put the rooms around the bodies of a child that has copied nothing of its worker.
+
+    Args:
+        told: What the worker tells by `WORKER_VARIABLE`.
+    """
+    facts = NoFacts()
+    installation.child = ChildRooms(
+        fence=replay_fence(installation),
+        starts=StartGuard(
+            installation.start_store,
+            max_crashes=told["max_crashes"],
+            window_s=installation.settings.crash_window_s,
+            worker=told["worker"],
+            tell=facts.send,
+        ),
+        facts=facts,
+        is_ending=_is_ending,
+    )
 
 
 def replace_step(app: Any, blueprint: str, step: Any) -> None:

@@ -33,13 +33,19 @@ class CrashJudge:
         self._window_s = window_s
         self._clock = clock
 
-    def judge(self, marks: Mapping[str, Any], max_crashes: int | None) -> AfterCrash:
+    def judge(
+        self,
+        marks: Mapping[str, Any],
+        max_crashes: int | None,
+        runs_before: int = 0,
+    ) -> AfterCrash:
         """What becomes of a run that ended with its child."""
         return after_crash(
             marks,
             max_crashes=max_crashes or self._max_crashes,
             window_s=self._window_s,
             now=self._clock(),
+            runs_before=runs_before,
         )
 
     def describe(self) -> str:

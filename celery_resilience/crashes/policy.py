@@ -33,7 +33,12 @@ class AfterCrash:
 
 
 def after_crash(
-    marks: Mapping[str, Any], *, max_crashes: int, window_s: float, now: float
+    marks: Mapping[str, Any],
+    *,
+    max_crashes: int,
+    window_s: float,
+    now: float,
+    runs_before: int = 0,
 ) -> AfterCrash:
     """
     Judge a run whose child died, as the main process saw it.
@@ -43,12 +48,15 @@ def after_crash(
         max_crashes: Runs that may end with their process.
         window_s: Crashes before an earlier start than this are forgotten.
         now: Wall time, in seconds.
+        runs_before: Runs that had ended with their process when this one started,
+            by the store; 0 where nobody asked it.
     """
     first_at = float(marks.get("crashed_at", now))
-    earlier = int(marks.get("crashes", 0))
+    counted = int(marks.get("crashes", 0))
+    forgotten = 0
     if now - first_at > window_s:
-        first_at, earlier = now, 0
-    runs = earlier + 1
+        first_at, forgotten = now, counted
+    runs = max(counted, runs_before) - forgotten + 1
     if runs >= max_crashes:
         return AfterCrash(runs, None)
     return AfterCrash(

@@ -1,16 +1,24 @@
-"""Starts of redelivered messages in SQLite or PostgreSQL."""
+"""Starts of redelivered messages in a SQL database."""
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Column, Float, Integer, String, Table, delete, select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Integer,
+    String,
+    delete,
+    select,
+)
 
-from celery_resilience.stores.sql import SqlDatabase, metadata
+from celery_resilience.stores.sql import SqlDatabase, table
 
 VERSION = 1
 
-starts = Table(
+starts = table(
     "resilience_starts",
-    metadata,
     Column("number", Integer, primary_key=True, autoincrement=True),
     Column("namespace", String(64), nullable=False, index=True),
     Column("message", String(32), nullable=False, index=True),
@@ -53,7 +61,8 @@ class SqlStartStore:
     def record(self, key: str, *, is_alone: bool, worker: str) -> None:
         """Remember that a run of *key* starts now in *worker*."""
         self._ready()
-        with self._database.writing() as connection:
+
+        def recorded(connection: Connection) -> None:
             connection.execute(
                 starts.insert().values(
                     namespace=self._namespace,
@@ -64,26 +73,23 @@ class SqlStartStore:
                 )
             )
 
+        self._database.write(recorded)
+
     def clear(self, key: str) -> None:
         """Forget the starts of *key*: a run has ended."""
         self._ready()
-        with self._database.writing() as connection:
-            connection.execute(
-                delete(starts).where(
-                    starts.c.namespace == self._namespace, starts.c.message == key
-                )
-            )
+        statement = delete(starts).where(
+            starts.c.namespace == self._namespace, starts.c.message == key
+        )
+        self._database.write(lambda connection: connection.execute(statement))
 
     def clear_worker(self, worker: str) -> None:
         """Forget the starts in *worker*: it was asked to stop."""
         self._ready()
-        with self._database.writing() as connection:
-            connection.execute(
-                delete(starts).where(
-                    starts.c.namespace == self._namespace,
-                    starts.c.worker == worker[:255],
-                )
-            )
+        statement = delete(starts).where(
+            starts.c.namespace == self._namespace, starts.c.worker == worker[:255]
+        )
+        self._database.write(lambda connection: connection.execute(statement))
 
     def _ready(self) -> None:
         self._database.ready("crashes", VERSION, TABLES)

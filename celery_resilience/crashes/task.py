@@ -13,9 +13,17 @@ from celery_resilience.crashes.policy import (
     before_start,
 )
 from celery_resilience.crashes.store import StartStore
-from celery_resilience.errors import SendAgain, StoreUnavailable, TooManyCrashes
+from celery_resilience.deadline import TASK_WAITS_S, answer_within
+from celery_resilience.errors import (
+    ResilienceError,
+    SendAgain,
+    TooManyCrashes,
+)
 
 logger = logging.getLogger("celery_resilience.crashes")
+
+#: The fact that tells how many runs had ended with their process before this one.
+RUNS_BEFORE = "runs_before"
 
 
 class StartGuard:
@@ -28,6 +36,7 @@ class StartGuard:
         max_crashes: The app's limit, for tasks without their own.
         window_s: Older starts are forgotten.
         worker: Names the worker, and this start of it.
+        tell: Tells the main process, by task id, what it must know if this child dies.
     """
 
     def __init__(
@@ -37,7 +46,9 @@ class StartGuard:
         max_crashes: int,
         window_s: float,
         worker: str,
+        tell: Callable[[str, dict[str, Any]], None],
     ) -> None:
+        self._tell = tell
         self._starts = starts
         self._max_crashes = max_crashes
         self._window_s = window_s
@@ -72,10 +83,18 @@ class StartGuard:
                 if is_redelivered:
                     self._count_in_message(marks, limit)
                 return None
-            return self._stored(
-                starts, start_key(task_id, retries, marks), marks, is_alone, limit
+            key = start_key(task_id, retries, marks)
+            runs, ended = answer_within(
+                TASK_WAITS_S,
+                lambda: self._stored(starts, key, marks, is_alone, limit),
             )
-        except StoreUnavailable as exc:
+            # Without a first delivery of which nobody knows whether it ran: a
+            # child's death is judged by runs that are known.
+            self._tell(task_id, {RUNS_BEFORE: runs})
+            return ended
+        except TooManyCrashes:
+            raise
+        except ResilienceError as exc:
             logger.warning("%s runs uncounted: %s", task_id, exc)
             return None
 
@@ -85,7 +104,7 @@ class StartGuard:
             starts = self._starts()
             if starts is not None:
                 starts.clear_worker(self._worker)
-        except StoreUnavailable as exc:
+        except ResilienceError as exc:
             logger.warning("runs cut off by this stop may count as crashes: %s", exc)
 
     def _stored(
@@ -95,7 +114,7 @@ class StartGuard:
         marks: Mapping[str, Any],
         is_alone: bool,
         limit: int,
-    ) -> Callable[[], None]:
+    ) -> tuple[int, Callable[[], None]]:
         unrecorded = int(marks.get("unrecorded", 0)) if is_alone else 1
         step, runs = before_start(
             crashes=int(marks.get("crashes", 0)),
@@ -117,11 +136,11 @@ class StartGuard:
 
         def ended() -> None:
             try:
-                starts.clear(key)
-            except StoreUnavailable as exc:
+                answer_within(TASK_WAITS_S, lambda: starts.clear(key))
+            except ResilienceError as exc:
                 logger.warning("this run of %s may count as a crash: %s", key, exc)
 
-        return ended
+        return runs - unrecorded, ended
 
     def _count_in_message(self, marks: Mapping[str, Any], limit: int) -> None:
         count = int(marks.get("redeliveries", 0)) + 1

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from celery import bootsteps
 
 from celery_resilience import _celery, _kombu
+from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.redis_visibility import RedisVisibility
-from celery_resilience.delivery.settle import Deliveries
 
 #: Seconds between two looks at what waits for the broker.
 TICK_S = 1.0

@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from kombu.exceptions import ContentDisallowed
 
-from celery_resilience import _celery
-from celery_resilience.delivery.failure import Failure, fingerprint_of, type_name
+from celery_resilience import _kombu_redis
+from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
-from celery_resilience.delivery.message import OriginalMessage, marks_of
 from celery_resilience.delivery.outbox import Outgoing
-from celery_resilience.delivery.outcome import EVENTS, Outcome, Reason, Settlement
 from celery_resilience.delivery.redis_visibility import RedisVisibility
-from celery_resilience.delivery.settle import Deliveries
 from celery_resilience.events import emit
+from celery_resilience.failure import Failure, fingerprint_of, type_name
+from celery_resilience.message import (
+    OriginalMessage,
+    foreign_message,
+    id_text,
+    marks_of,
+)
+from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
 from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
@@ -41,7 +46,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         deliveries: The table of the worker's deliveries.
         visibility: Keeps the messages that this worker holds on Redis.
         prepare_tasks: Called before the strategies are made, at each start.
-        is_failed_queue: Whether a queue holds envelopes, not tasks.
+        is_failed_queue: Whether a queue is collected, and not consumed as tasks.
     """
 
     deliveries: ClassVar[Deliveries]
@@ -55,12 +60,12 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         super().update_strategies()
 
     def add_task_queue(self, queue: Any, *args: Any, **kwargs: Any) -> None:
-        """Consume from another queue, unless it is a failed queue."""
+        """Consume from another queue, unless it is one that is collected."""
         name = getattr(queue, "name", queue)
         if type(self).is_failed_queue(name):
             logger.error(
-                "refused to consume %s as tasks: it is a failed queue, "
-                "collect it with `failed collect`",
+                "refused to consume %s as tasks: it is a failed queue, or one of "
+                "resilience_collect_queues; `failed collect` empties it",
                 name,
             )
             return
@@ -68,12 +73,13 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The broker's connection is lost: hold on to what is running."""
-        self.visibility.connection_lost(self)
+        if not self.visibility.connection_lost(self):
+            self.deliveries.given_back()
         super().on_connection_error_after_connected(exc)
 
     def on_close(self) -> None:
         """Celery drops what has not started; the broker delivers it again."""
-        keep = _celery.requests_that_will_run(self)
+        keep = self.deliveries.will_run(self)
         super().on_close()
         self.deliveries.drop_unstarted(keep)
 
@@ -139,32 +145,27 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
             exc,
             safe_text(exc),
             lambda: then(message, exc),
+            settled_as="acknowledge",
         )
 
-    def on_foreign(self, raw: Any, queue: str) -> None:
+    def on_foreign(
+        self, raw: Any, queue: str, forget: Callable[[], None] | None
+    ) -> None:
         """
         Keep what lay on a virtual transport's queue and is no kombu message.
 
-        It is gone from the queue: kombu takes before it looks.
+        It is gone from the queue, for kombu takes before it looks, unless there is
+        something to *forget* it with.
         """
         body = raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode()
-        original = OriginalMessage(
-            body=body,
-            headers={},
-            properties={},
-            content_type=None,
-            content_encoding=None,
-            exchange="",
-            routing_key=queue,
-            queue=queue,
-        )
+        original = foreign_message(body, queue)
         self._keep_original(
             original,
             Reason.MALFORMED,
             None,
             "not a message of kombu's: another system writes to this queue",
-            then=lambda: None,
-            acknowledged=True,
+            then=forget or (lambda: None),
+            acknowledged=forget is None,
         )
 
     def _keep(
@@ -174,10 +175,22 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         exc: BaseException | None,
         text: str,
         then: Callable[[], None],
+        settled_as: str = "reject",
     ) -> None:
         """Keep *message*, and only then let Celery reject or acknowledge it."""
+        held = self.deliveries.held
+
+        def kept() -> None:
+            held.discard(message)
+            # Said first: if the connection is lost it is done on the next one.
+            message.settled_as = settled_as
+            if self.visibility.is_lost:
+                _kombu_redis.leave_alone(message)
+            then()
+
+        held.add(message)
         original = self.deliveries.original(message)
-        self._keep_original(original, reason, exc, text, then)
+        self._keep_original(original, reason, exc, text, kept)
 
     def _keep_original(
         self,
@@ -192,17 +205,20 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         kind = type_name(type(exc)) if exc is not None else "NotRegistered"
         if reason is Reason.MALFORMED:
             kind = "InvalidTaskError"
-        task = _text_header(original, "task")
+        # The text of a decoder's error tells where in the body it is.
+        defect = text if reason is Reason.MALFORMED else ""
+        task = original.headers.get("task")
+        task = task if isinstance(task, str) else ""
         settlement = Settlement(
             outcome=Outcome.FAILED,
             reason=reason,
             task=task,
-            task_id=_text_header(original, "id"),
-            root_id=_text_header(original, "root_id") or None,
-            parent_id=_text_header(original, "parent_id") or None,
+            task_id=id_text(original.headers.get("id")),
+            root_id=id_text(original.headers.get("root_id")) or None,
+            parent_id=id_text(original.headers.get("parent_id")) or None,
             queue=original.queue,
             worker=deliveries.worker,
-            failure=Failure(kind, text, fingerprint_of(reason, kind, task, text[:60])),
+            failure=Failure(kind, text, fingerprint_of(reason, kind, task, defect)),
             marks=marks_of(original.headers),
         )
         deliveries.received += 1
@@ -218,6 +234,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
                 then=then,
                 keep=True,
                 acknowledged=acknowledged,
+                remade=True,
                 what=f"a message of queue {original.queue} ({reason})",
             )
         )
@@ -243,11 +260,6 @@ def build_consumer_class(base: type[Any], **attributes: Any) -> type[Any]:
 def _task_name(message: Any) -> Any:
     headers = message.headers or {}
     return headers["task"] if "task" in headers else message.payload.get("task")
-
-
-def _text_header(original: OriginalMessage, name: str) -> str:
-    value = original.headers.get(name)
-    return value if isinstance(value, str) else ""
 
 
 def _reject(message: Any) -> None:

@@ -9,12 +9,13 @@ without anything to tell sends nothing.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import socket
 import struct
 from collections import OrderedDict
 from threading import local
-from typing import Any
+from typing import Any, Protocol
 
 #: The kernel refuses larger datagrams at its default buffer size of 208 KiB.
 MAX_BYTES = 131_072
@@ -26,12 +27,27 @@ SEND_TIMEOUT_S = 1.0
 MAX_UNCLAIMED = 1_000
 
 
+class TellsFacts(Protocol):
+    """The child's end of a channel."""
+
+    def send(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Tell the facts of this run."""
+        ...
+
+
+class NoFacts:
+    """The end of a spawned child, which has no copy of the worker's channel."""
+
+    def send(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Nobody hears it."""
+
+
 class FactsChannel:
     """
     One queue of datagrams from all children to the main process.
 
-    Made before the pool forks. A spawned child has no copy of it and its facts
-    are lost: the settlement then describes the failure from the result.
+    Made before the pool forks. A spawned child has `NoFacts`: the settlement then
+    describes the failure from the result.
     """
 
     def __init__(self) -> None:
@@ -43,6 +59,9 @@ class FactsChannel:
         self._writer.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, 0)
         )
+        # One byte that all children share: 1 while there is something to receive,
+        # so that a result without facts costs the main process no system call.
+        self._has_news: mmap.mmap | bytearray = mmap.mmap(-1, 1)
         self._main_pid = os.getpid()
         self._here = local()
         self._unclaimed: OrderedDict[tuple[int, str], dict[str, Any]] = OrderedDict()
@@ -58,6 +77,9 @@ class FactsChannel:
                 self._writer.send(data)
             except OSError:
                 return
+            # After the datagram and before the result, which the main process
+            # reads after a system call of both.
+            self._has_news[0] = 1
 
     def take(self, pid: int | None, task_id: str) -> dict[str, Any]:
         """Main process: the facts of the run that just ended, or {}."""
@@ -66,7 +88,10 @@ class FactsChannel:
             self._here.facts = None
             if here[0] == task_id:
                 return dict(here[1])
-        self._receive()
+        if self._has_news[0]:
+            # Cleared first: what comes meanwhile sets it again.
+            self._has_news[0] = 0
+            self._receive()
         if not self._unclaimed:
             return {}
         return self._unclaimed.pop((pid or 0, task_id), {})
@@ -75,6 +100,8 @@ class FactsChannel:
         """Main process: the pool has ended."""
         self._reader.close()
         self._writer.close()
+        # A late result finds nothing to receive.
+        self._has_news = bytearray(1)
 
     def _receive(self) -> None:
         while True:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import Protocol
 
-from celery_resilience.delivery.message import OriginalMessage
 from celery_resilience.errors import BrokerUnavailable, PublishRefused
 from celery_resilience.events import emit
+from celery_resilience.message import OriginalMessage
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -45,7 +45,7 @@ class Spools(Protocol):
     def drain(self, publish: Callable[[OriginalMessage], None]) -> int: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Outgoing:
     """
     One message that must be stored.
@@ -55,6 +55,8 @@ class Outgoing:
         keep: True for an envelope: it may be spooled and its queue declared.
         acknowledged: The message it stands for is gone from the broker, so
             that this process is the last to hold it.
+        remade: It is made anew if the broker delivers the message again that it
+            stands for.
         what: A few words for the log, redacted.
     """
 
@@ -62,6 +64,7 @@ class Outgoing:
     then: Callable[[], None]
     keep: bool = False
     acknowledged: bool = False
+    remade: bool = False
     what: str = ""
 
 
@@ -90,6 +93,7 @@ class Outbox:
         self._held: deque[Outgoing] = deque()
         self._spooled = spool is not None  # an earlier worker may have left some
         self._broker = _Backoff()
+        self._drain = _Backoff()
         self._queues: dict[str, _Backoff] = {}
 
     @property
@@ -124,9 +128,26 @@ class Outbox:
 
     def reconnected(self) -> None:
         """The broker is back: try again now."""
-        self._broker = _Backoff()
+        self._broker, self._drain = _Backoff(), _Backoff()
         self._queues.clear()
         self.tick()
+
+    def given_back(self) -> None:
+        """
+        The broker delivers again what is unacknowledged: drop what is remade then.
+
+        Sent as well, it would be there twice.
+        """
+        with self._lock:
+            kept = [item for item in self._held if item.acknowledged or not item.remade]
+            dropped = len(self._held) - len(kept)
+            self._held = deque(kept)
+        if dropped:
+            logger.info(
+                "%d messages are not sent again: the broker delivers those that they "
+                "stand for",
+                dropped,
+            )
 
     def close(self) -> None:
         """
@@ -135,7 +156,8 @@ class Outbox:
         What waits for a message that is still unacknowledged is dropped: the
         broker delivers that message again.
         """
-        self.tick()
+        if self._held:
+            self.reconnected()
         while self._held:
             self._give_up(self._held.popleft())
 
@@ -175,8 +197,15 @@ class Outbox:
         if self._queues:
             self._queues.pop(item.message.queue, None)
         self._broker.reset()
-        item.then()
+        self._stored(item)
         return True
+
+    def _stored(self, item: Outgoing) -> None:
+        try:
+            item.then()
+        except Exception:
+            # Its connection may be gone; what else waits has nothing to do with it.
+            logger.exception("after storing %s", item.what or "a message")
 
     def _refused(self, backoff: _Backoff, item: Outgoing, exc: Exception) -> None:
         wait_s = backoff.refused(self._clock())
@@ -192,7 +221,7 @@ class Outbox:
     def _set_aside(self, item: Outgoing) -> bool:
         if item.keep and self._spool is not None and self._spool.put(item.message):
             self._spooled = True
-            item.then()
+            self._stored(item)
             return True
         self._held.append(item)
         if len(self._held) > MAX_HELD:
@@ -206,11 +235,17 @@ class Outbox:
         for item in list(self._held):
             if self._may_try(item):
                 self._held.remove(item)
-                if not self._publish(item):
-                    # Last in line, so that one message which the broker never
-                    # takes does not hold up the others.
-                    self._held.append(item)
-        if self._spooled and self._clock() >= self._broker.until:
+                if self._publish(item):
+                    continue
+                if self._clock() < self._broker.until:
+                    self._held.appendleft(item)
+                    break
+                # Last in line, so that one message which the broker never takes
+                # does not hold up the others.
+                self._held.append(item)
+        if self._spooled and self._clock() >= max(
+            self._broker.until, self._drain.until
+        ):
             self._drain_spool()
 
     def _drain_spool(self) -> None:
@@ -219,10 +254,16 @@ class Outbox:
             count = self._spool.drain(
                 lambda message: self._publisher.publish(message, declare=True)
             )
-        except (BrokerUnavailable, PublishRefused) as exc:
+        except BrokerUnavailable as exc:
             wait_s = self._broker.refused(self._clock())
             logger.warning("the spool waits %.0f s for the broker: %s", wait_s, exc)
             return
+        except Exception as exc:
+            # A queue that refuses, or a folder that cannot be read.
+            wait_s = self._drain.refused(self._clock())
+            logger.warning("the spool waits %.0f s: %s", wait_s, exc)
+            return
+        self._drain.reset()
         self._spooled = False
         if count:
             logger.info("published %d envelopes from the spool", count)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from celery_resilience import _celery, _kombu
-from celery_resilience.delivery.settle import Deliveries
+from celery_resilience import _celery, _kombu_redis
+from celery_resilience.delivery.deliveries import Deliveries
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -37,14 +37,13 @@ class RedisVisibility:
         self._deliveries = deliveries
         self._channel: Any = None
         self._lost: dict[str, Any] = {}
-        self._in_pool: set[str] = set()
         self._timer: Any = None
         self._entry: Any = None
 
     def started(self, consumer: Any) -> None:
         """The consumer is connected, for the first time or again."""
         self.stopped()
-        self._channel = _kombu.redis_channel(consumer)
+        self._channel = _kombu_redis.redis_channel(consumer)
         if self._channel is None:
             return
         if self._lost:
@@ -64,47 +63,58 @@ class RedisVisibility:
         channel = self._channel
         if channel is None:
             return
-        tags = list(_kombu.unacknowledged(channel))
+        tags = list(_kombu_redis.unacknowledged(channel))
         try:
             for start in range(0, len(tags), BATCH):
-                _kombu.keep_invisible(channel, tags[start : start + BATCH])
+                _kombu_redis.keep_invisible(channel, tags[start : start + BATCH])
         except Exception as exc:
             logger.warning("could not renew %d held messages: %s", len(tags), exc)
 
-    def connection_lost(self, consumer: Any) -> None:
-        """Keep kombu from giving back what is running when the channel closes."""
-        channel = _kombu.redis_channel(consumer)
+    @property
+    def is_lost(self) -> bool:
+        """The connection is lost, and what it held is not taken over yet."""
+        return self._channel is None and bool(self._lost)
+
+    def connection_lost(self, consumer: Any) -> bool:
+        """
+        Keep kombu from giving back what is running when the channel closes.
+
+        Returns:
+            False where there is no Redis: another broker gives everything back.
+        """
+        channel = _kombu_redis.redis_channel(consumer)
         if channel is None:
-            return
-        self._lost.update(_kombu.unacknowledged(channel))
-        self._in_pool = {
-            request.message.delivery_tag
-            for request in _celery.requests_that_will_run(consumer)
-        }
+            return False
+        self._lost.update(_kombu_redis.unacknowledged(channel))
         self._channel = None
-        _kombu.stop_restoring(channel)
+        _kombu_redis.stop_restoring(channel)
+        return True
 
     def _resume(self) -> None:
-        """Take over on the new channel what was held on the lost one."""
-        lost, self._lost = self._lost, {}
-        ours = (
-            self._in_pool
-            | {r.message.delivery_tag for r in _celery.running_requests()}
-            | {request.message.delivery_tag for request in self._deliveries.held}
-        )
+        """
+        Take over on the new channel what was held on the lost one.
+
+        What is left to do when that one breaks too is done on the next.
+        """
+        messages = {request.message for request in self._deliveries.kept()}
+        ours = {m.delivery_tag for m in messages | self._deliveries.held}
         counts = {"kept": 0, "settled": 0, "given back": 0}
-        for tag, message in lost.items():
-            settled_as = getattr(message, "settled_as", None)
-            if message.acknowledged:
-                continue
-            if settled_as is not None:
-                _kombu.settle_tag(self._channel, message, settled_as)
-                counts["settled"] += 1
-            elif tag in ours:
-                _kombu.adopt(self._channel, message)
-                counts["kept"] += 1
-            else:
-                _kombu.give_back(self._channel, tag)
-                counts["given back"] += 1
+        for tag, message in list(self._lost.items()):
+            if not message.acknowledged:
+                counts[self._take_over(tag, message, is_ours=tag in ours)] += 1
+            del self._lost[tag]
         self.renew()
         logger.info("after a lost connection: %s", counts)
+
+    def _take_over(self, tag: str, message: Any, *, is_ours: bool) -> str:
+        if is_ours:
+            _kombu_redis.adopt(self._channel, message)
+        # Read after that: who settles it from now on does so on the new channel.
+        settled_as = getattr(message, "settled_as", None)
+        if settled_as is not None:
+            _kombu_redis.settle_tag(self._channel, message, settled_as)
+            return "settled"
+        if is_ours:
+            return "kept"
+        _kombu_redis.give_back(self._channel, message)
+        return "given back"

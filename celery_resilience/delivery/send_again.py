@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
-from celery_resilience.delivery.message import OriginalMessage
+from celery_resilience.message import OriginalMessage
 
 
 def send_again(
@@ -17,7 +18,8 @@ def send_again(
 
     Its bytes, retries, priority, chain and links are unchanged; it is run not
     before *delay_s* seconds from now. The original is acknowledged once the
-    broker has the copy: killed in between, there are two.
+    broker has the copy: killed in between, there are two. The copy has a name, so
+    that Redis stores it once where it is published again for want of an answer.
 
     Args:
         message: The message as it was delivered.
@@ -25,4 +27,4 @@ def send_again(
         marks: Ours, added to those that it has; None takes one away.
     """
     at = datetime.now(UTC) + timedelta(seconds=delay_s) if delay_s > 0 else None
-    return message.without_past().marked(**marks).due_at(at)
+    return message.without_past().marked(**marks, sent=uuid4().hex).due_at(at)

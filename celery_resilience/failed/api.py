@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import builtins
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from celery_resilience.delivery.publisher import Publisher
-from celery_resilience.errors import ConfigurationError, NotFound
+from celery_resilience._kombu import lost_connection_errors
+from celery_resilience.errors import BrokerUnavailable, ConfigurationError, NotFound
+from celery_resilience.failed import transfer
+from celery_resilience.failed.archive import Archive, dump_line
+from celery_resilience.failed.caps import DAY_S, MIB, Caps, Trimmer
 from celery_resilience.failed.collector import Collected, Collector
+from celery_resilience.failed.envelope import dumps
 from celery_resilience.failed.filters import (
     Filter,
     parse_reason,
@@ -19,11 +25,16 @@ from celery_resilience.failed.filters import (
     parse_time,
 )
 from celery_resilience.failed.inbox import open_inboxes
+from celery_resilience.failed.known_app import AppKnowledge
 from celery_resilience.failed.record import FailedTask, State
 from celery_resilience.failed.replay import Replayer, ReplayReport
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.store import FailedTaskStore
+from celery_resilience.failed.transfer import ImportReport
 from celery_resilience.install import installation_of
+from celery_resilience.publisher import Publisher
+
+logger = logging.getLogger("celery_resilience.failed")
 
 #: A time as an age ("2h"), ISO 8601, or a Python object.
 When = str | float | datetime | timedelta | None
@@ -48,11 +59,11 @@ class FailedTasks:
     def __init__(self, app: Any, *, collects: bool = True) -> None:
         self._installation = installation_of(app)
         settings = self._installation.settings
+        self._installation.check_failed_queues()
         store = self._installation.failed_store()
         if store is None:
             raise ConfigurationError(
-                "resilience_store_url is not set and no store was found: "
-                f"{self._installation.store_choice.why}"
+                f"there is no store: {self._installation.store_choice.why}"
             )
         self._app = app
         self._store: FailedTaskStore = store
@@ -63,25 +74,66 @@ class FailedTasks:
             self._publisher.publish,
             is_followed=self._is_followed,
         )
+        # Dead-letter queues that could not be read, which is said once.
+        self._refused: set[str] = set()
         self._collector = Collector(
             self._store,
+            app=AppKnowledge(app, settings.redact),
             namespace=settings.namespace,
             clock=time.time,
             spool=None if settings.spool_dir is None else Spool(settings.spool_dir),
             resend=self._replayer,
+            trimmer=self._trimmer(),
+        )
+
+    def _trimmer(self) -> Trimmer:
+        settings = self._installation.settings
+        days, mib = settings.failed_keep_days, settings.failed_max_mib
+        return Trimmer(
+            self._store,
+            Caps(
+                keep_s=None if days is None else days * DAY_S,
+                max_count=settings.failed_max,
+                max_bytes=None if mib is None else int(mib * MIB),
+            ),
+            Archive(
+                self._installation.archive_dir,
+                namespace=settings.namespace,
+                clock=time.time,
+            ),
+            clock=time.time,
         )
 
     def collect(self) -> Collected:
         """
-        Move what waits in the failed queues and the spool into the store.
+        Move what waits in the failed queues and the spool into the store, and what
+        waits in the queues of `resilience_collect_queues`.
 
         Raises:
+            ConfigurationError: One of these is the queue that tasks are sent to.
             StoreUnavailable: Nothing of the last batch was acknowledged.
-            OSError: The broker did not answer.
+            BrokerUnavailable: It did not answer, or the connection broke; what is
+                in the store is there, and nothing else was acknowledged.
+            PublishRefused: The spool holds what the store did not take, or a
+                replay whose sender had died could not be sent.
         """
         queues = self._installation.failed_queues()
-        with open_inboxes(self._app, queues) as inboxes:
-            return self._collector.collect(inboxes)
+        others = self._installation.collect_queues()
+        connection = self._app.connection_for_read(heartbeat=0)
+        try:
+            with (
+                connection,
+                open_inboxes(connection, queues) as inboxes,
+                open_inboxes(
+                    connection, others, on_refused=self._say_refused
+                ) as dead_letters,
+            ):
+                return self._collector.collect(inboxes, dead_letters)
+        except lost_connection_errors(connection) as exc:
+            said = f"{connection.as_uri()}: {type(exc).__name__}: {exc}"
+            raise BrokerUnavailable(said) from exc
+        finally:
+            self._publisher.close()
 
     def list(
         self,
@@ -130,8 +182,7 @@ class FailedTasks:
             args=tuple(args),
         )
         self._collect_first()
-        found = (self._store.get(s.id) for s in self._store.list(wanted, limit=limit))
-        return [failure for failure in found if failure is not None]
+        return [*self._store.get_many(self._ids(wanted, limit))]
 
     def get(self, id: str) -> FailedTask:
         """
@@ -160,6 +211,29 @@ class FailedTasks:
             raise NotFound(f"{start!r} is the start of more than one id: write more")
         return ids[0]
 
+    def resolve_all(
+        self, starts: Sequence[str], *, missing: builtins.list[NotFound] | None = None
+    ) -> builtins.list[str]:
+        """
+        The whole ids for *starts*, each once, in their order.
+
+        Args:
+            missing: Takes the errors; without it the first one is raised.
+
+        Raises:
+            NotFound: There is none for a start, or more than one.
+        """
+        known = self._store.known(starts)
+        found: dict[str, None] = {}
+        for start in starts:
+            try:
+                found[start if start in known else self.resolve(start)] = None
+            except NotFound as exc:
+                if missing is None:
+                    raise
+                missing.append(exc)
+        return builtins.list(found)
+
     def replay(
         self,
         ids: Sequence[str] = (),
@@ -170,6 +244,7 @@ class FailedTasks:
         new_id: bool = False,
         limit: int | None = None,
         dry_run: bool = False,
+        report: ReplayReport | None = None,
         on_progress: Callable[[ReplayReport], None] | None = None,
     ) -> ReplayReport:
         """
@@ -179,15 +254,16 @@ class FailedTasks:
             ids: These, whole or shortened.
             wanted: Those that match, as of now.
             group: Those of a fingerprint.
-            dry_run: Send nothing; the report's `skipped` are the ids.
+            dry_run: Send nothing; the report's `would_send` are the ids.
+            report: Filled in, also where an error breaks the replay off.
 
         Raises:
             NotFound: One of *ids* is not known; nothing was sent.
-            BrokerUnavailable: The broker went away; what was claimed and not
-                sent is sent by whoever collects a minute later.
+            BrokerUnavailable: The broker went away; the report's `in_doubt` may
+                have been sent, and is sent again by whoever collects a minute later.
         """
         self._collect_first()
-        chosen = [self.resolve(id) for id in ids]
+        chosen = self.resolve_all(ids)
         if wanted is not None or group is not None:
             frozen = replace(
                 wanted or Filter(),
@@ -195,12 +271,19 @@ class FailedTasks:
                 group=group or (wanted.group if wanted else None),
             )
             chosen += self.matching(frozen, limit=limit)
-        chosen = list(dict.fromkeys(chosen))[:limit]
+        chosen = builtins.list(dict.fromkeys(chosen))[:limit]
         if dry_run:
-            return ReplayReport(skipped=chosen)
-        return self._replayer.replay(
-            chosen, to_queue=to_queue, new_id=new_id, on_progress=on_progress
-        )
+            return ReplayReport(would_send=chosen)
+        try:
+            return self._replayer.replay(
+                chosen,
+                to_queue=to_queue,
+                new_id=new_id,
+                report=report,
+                on_progress=on_progress,
+            )
+        finally:
+            self._publisher.close()
 
     def matching(
         self, wanted: Filter, *, limit: int | None = None
@@ -208,7 +291,7 @@ class FailedTasks:
         """The ids that match now; what fails later is not among them."""
         cutoff = time.time() if wanted.until is None else wanted.until
         frozen = replace(wanted, until=cutoff)
-        return [summary.id for summary in self._store.list(frozen, limit=limit)]
+        return [*self._ids(frozen, limit)]
 
     def discard(self, ids: Sequence[str]) -> int:
         """Mark unresolved ones as never to be replayed; returns how many were."""
@@ -223,14 +306,58 @@ class FailedTasks:
         self._collect_first()
         return dict(self._store.stats())
 
+    def export(self, ids: Iterable[str], *, raw: bool = False) -> Iterator[bytes]:
+        """
+        Failed tasks as lines of JSON.
+
+        Args:
+            raw: Whole and unredacted, so that they may be imported; else as
+                `FailedTask.to_dict()` shows them.
+        """
+        if raw:
+            return map(dump_line, self._store.kept(ids))
+        return (dumps(found.to_dict()) for found in self._store.get_many(ids))
+
+    def import_lines(
+        self, lines: Iterable[bytes], *, dry_run: bool = False
+    ) -> ImportReport:
+        """
+        Take in what a raw export or an archive holds; what is there stays as it is.
+
+        Raises:
+            ConfigurationError: A line is not of a raw export; what came before it
+                was imported.
+        """
+        return transfer.import_lines(self._store, lines, dry_run=dry_run)
+
+    def prune(self, ids: Iterable[str], *, archive: Path | None = None) -> int:
+        """
+        Forget failed tasks that no replay is under way for; returns how many.
+
+        Args:
+            ids: Whole ids.
+            archive: A new file, compressed, that takes them first.
+
+        Raises:
+            ConfigurationError: The file is there already.
+            OSError: It could not be written; nothing was forgotten.
+        """
+        return transfer.prune(self._store, ids, archive=archive)
+
     @property
     def store(self) -> FailedTaskStore:
         """Where failed tasks are kept."""
         return self._store
 
-    def close(self) -> None:
-        """Close the connection to the broker."""
-        self._publisher.close()
+    def _ids(self, wanted: Filter, limit: int | None) -> Iterator[str]:
+        return (summary.id for summary in self._store.list(wanted, limit=limit))
+
+    def _say_refused(self, queue: str, why: str) -> None:
+        if queue not in self._refused:
+            self._refused.add(queue)
+            logger.warning(
+                "%s of resilience_collect_queues is not collected: %s", queue, why
+            )
 
     def _collect_first(self) -> None:
         if self._collects:

@@ -11,41 +11,131 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from billiard.process import Process
+from billiard.context import Process
 from celery import bootsteps, platforms
 from celery.utils import log as celery_log
+from kombu.utils.compat import detect_environment
 
 logger = logging.getLogger("celery_resilience.failed")
 
 #: Seconds between two passes while the failed queues are empty.
 IDLE_S = 1.0
 
+#: Seconds between two looks at whether the collector lives.
+LOOK_S = 1.0
+
+#: Seconds until another one is started, doubled up to the last; a collector that
+#: has lived longer than that begins anew.
+RESTART_S = 1.0
+MAX_RESTART_S = 60.0
+
+#: Seconds that a collector has for its batch when the worker stops.
+STOP_S = 5.0
+
 
 class CollectorStep(bootsteps.StartStopStep):
-    """Starts a collector with the worker, and ends it with the worker."""
+    """Runs a collector beside the worker, as long as the worker lives."""
 
     label = "Resilience: collector"
     name = "celery_resilience.failed.bootstep.CollectorStep"
     requires = ("celery.worker.components:Timer",)
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
-        self._process: Any = None
+        self._keeper: CollectorKeeper | None = None
+        self._timer: Any = None
+        self._entry: Any = None
         super().__init__(worker, **kwargs)
 
     def start(self, worker: Any) -> None:
         """Fork the collector, before the pool and its connections exist."""
-        self._process = CollectorProcess(worker.app)
-        self._process.start()
+        self._keeper = CollectorKeeper(
+            lambda: CollectorProcess(worker.app), clock=time.monotonic
+        )
+        self._keeper.look()
+        self._timer = worker.timer
+        self._entry = self._timer.call_repeatedly(LOOK_S, self._keeper.look)
 
     def stop(self, worker: Any) -> None:
-        """Let it finish its batch."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.join()
+        """Let it finish its batch, if its store takes it in time."""
+        if self._entry is not None:
+            self._timer.cancel(self._entry)
+            self._entry = None
+        if self._keeper is not None:
+            self._keeper.stop()
 
     def terminate(self, worker: Any) -> None:
         """A cold stop does not wait for tasks, but the collector is quick."""
         self.stop(worker)
+
+
+class CollectorKeeper:
+    """
+    Starts a collector, and another one when it has ended.
+
+    Args:
+        make: Makes a process that can be started.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, make: Callable[[], Any], *, clock: Callable[[], float]) -> None:
+        self._make = make
+        self._clock = clock
+        self._process: Any = None
+        self._started_at = 0.0
+        self._due_at = 0.0
+        self._wait_s = RESTART_S
+        self._is_stopped = False
+
+    @property
+    def _may_start(self) -> bool:
+        """A copy of this process would run its greenlets too, once there are some."""
+        return not self._started_at or detect_environment() == "default"
+
+    def look(self) -> None:
+        """Start one where there is none and it is time; called every second or so."""
+        if self._process is not None and not self._process.is_alive():
+            self._ended(self._process)
+        if self._process is None and not self._is_stopped and self._may_start:
+            now = self._clock()
+            if now >= self._due_at:
+                self._started_at = now
+                self._process = self._make()
+                self._process.start()
+
+    def stop(self) -> None:
+        """End it: at first by asking, then by force; what it took is not lost."""
+        self._is_stopped = True
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        # Not `join`: it would look at a pipe that the collector has closed with all
+        # that it had inherited, and then wait without a limit.
+        _wait(STOP_S, lambda: not process.is_alive())
+        if process.is_alive():
+            logger.warning(
+                "the collector did not end within %.0f s, and is killed: what it "
+                "was collecting is collected later",
+                STOP_S,
+            )
+            os.kill(process.pid, signal.SIGKILL)
+            _wait(STOP_S, lambda: not process.is_alive())
+
+    def _ended(self, process: Any) -> None:
+        now = self._clock()
+        if now - self._started_at > MAX_RESTART_S:
+            self._wait_s = RESTART_S
+        logger.error(
+            "the collector (pid %s) ended with exit code %s; %s",
+            process.pid,
+            process.exitcode,
+            f"another one starts in {self._wait_s:.0f} s"
+            if self._may_start
+            else "start the worker again, or `celery -A app failed collect`",
+        )
+        self._process = None
+        self._due_at = now + self._wait_s
+        self._wait_s = min(self._wait_s * 2, MAX_RESTART_S)
 
 
 class CollectorProcess(Process):
@@ -66,9 +156,11 @@ class CollectorProcess(Process):
         """Collect until SIGTERM; a batch that was begun is finished."""
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        standard: Any = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
-        open_files: Any = [*standard, *_logger_files()]
-        platforms.close_open_fds(open_files)
+        if detect_environment() == "default":
+            # Else there are those of the loop that this process runs in too.
+            standard: Any = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
+            open_files: Any = [*standard, *_logger_files()]
+            platforms.close_open_fds(open_files)
         stopping = False
 
         def stop(*_: Any) -> None:

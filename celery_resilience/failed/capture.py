@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from celery_resilience.delivery.message import OriginalMessage
-from celery_resilience.delivery.outcome import Outcome, Settlement
 from celery_resilience.failed.envelope import envelope, posted, settled
 from celery_resilience.failed.routes import Routes, failed_queue_for
+from celery_resilience.message import OriginalMessage, replay_of
+from celery_resilience.outcome import Outcome, Settlement
 
 #: Outcomes after which a replayed message will not come back.
 FINAL = frozenset({Outcome.SUCCEEDED, Outcome.SKIPPED, Outcome.REVOKED})
 
 #: Outcomes of a redelivery that make an earlier capture of it void.
 GOOD = frozenset({Outcome.SUCCEEDED, Outcome.SKIPPED})
+
+
+#: The reason of a replay's copy that did not run, because another one does or did.
+DROPPED_COPY = "replay_duplicate"
+
+#: The reason of a replay whose task put another in its place, which reports the end.
+REPLACED = "replaced"
 
 
 class Capture:
@@ -51,10 +58,12 @@ class Capture:
     ) -> OriginalMessage | None:
         """What must be stored before the ack: an envelope, a report, or nothing."""
         own = self._own_queue(settlement.task)
-        if own is False:
+        is_replay = bool(replay_of(settlement.marks))
+        goes_on = is_replay and settlement.reason == REPLACED
+        is_unkept = own is False and not is_replay
+        if is_unkept or goes_on or settlement.reason == DROPPED_COPY:
             return None
         failure = settlement.failure
-        is_replay = "replay" in settlement.marks
         queue = failed_queue_for(
             task=settlement.task,
             exception=failure.exception if failure is not None else "",

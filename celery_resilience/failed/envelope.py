@@ -8,15 +8,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from math import isfinite
 from typing import Any
 from uuid import UUID, uuid4
 
-from celery_resilience.delivery.failure import Failure, fingerprint_of
-from celery_resilience.delivery.message import HEADER, OriginalMessage
-from celery_resilience.delivery.outcome import Outcome, Reason, Settlement
+from celery_resilience.failure import Failure, fingerprint_of
+from celery_resilience.message import (
+    HEADER,
+    OriginalMessage,
+    id_text,
+    is_of_delivery,
+    replay_of,
+)
+from celery_resilience.outcome import Outcome, Reason, Settlement
 from celery_resilience.redaction import safe_text
 
 SCHEMA = 1
@@ -49,7 +57,7 @@ def envelope(
     """
     failure = settlement.failure
     assert failure is not None
-    replay = settlement.marks.get("replay") or {}
+    replay = replay_of(settlement.marks)
     return {
         "schema": SCHEMA,
         "kind": FAILED,
@@ -113,7 +121,7 @@ def settled(
     A replay's success resolves its record. So does the success of a message
     that was delivered again after its failure was captured and before its ack.
     """
-    replay = settlement.marks.get("replay") or {}
+    replay = replay_of(settlement.marks)
     return {
         "schema": SCHEMA,
         "kind": SETTLED,
@@ -132,24 +140,38 @@ def settled(
     }
 
 
-def foreign(original: OriginalMessage, *, namespace: str, at: float) -> dict[str, Any]:
-    """The envelope of something on a failed queue that is not one."""
-    text = "found on a failed queue, and not an envelope"
-    task, task_id = original.headers.get("task"), original.headers.get("id")
+def foreign(
+    original: OriginalMessage,
+    *,
+    why: str,
+    namespace: str,
+    at: float,
+    found_on: str | None = None,
+) -> dict[str, Any]:
+    """
+    The envelope of something that is none, nor a task message, and why not.
+
+    Args:
+        found_on: The dead-letter queue where it was; None: a failed queue, from
+            which it comes.
+    """
+    where = "a failed queue" if found_on is None else repr(found_on)
+    text = f"found on {where}: {why}"
+    task = original.headers.get("task")
     settlement = Settlement(
         outcome=Outcome.FAILED,
         reason=Reason.MALFORMED,
         task=task if isinstance(task, str) else "",
-        task_id=task_id if isinstance(task_id, str) else "",
+        task_id=id_text(original.headers.get("id")),
         queue=original.queue,
         worker="",
-        failure=Failure("InvalidTaskError", text, fingerprint_of(text)),
+        failure=Failure("InvalidTaskError", text, fingerprint_of("foreign")),
     )
     return envelope(
         settlement,
         original,
         namespace=namespace,
-        failed_queue=original.queue,
+        failed_queue=found_on or original.queue,
         at=at,
     )
 
@@ -162,11 +184,38 @@ def record_id(namespace: str, settlement: Settlement, original: OriginalMessage)
     transport keeps over a redelivery; without that no two are one.
     """
     if settlement.task_id:
-        return _digest(namespace, f"task\0{settlement.task_id}")
+        return task_record_id(namespace, settlement.task_id)
     tag = original.properties.get("delivery_tag")
     if isinstance(tag, str) and len(tag) >= 32:
         return _digest(namespace, f"tag\0{tag}")
     return _digest(namespace, f"new\0{uuid4().hex}")
+
+
+def task_record_id(namespace: str, task_id: str) -> str:
+    """The record of every message with a task id."""
+    return _digest(namespace, f"task\0{task_id}")
+
+
+def message_name(packed: Mapping[str, Any]) -> str:
+    """
+    What tells one message of a task id from another, and not from its redelivery.
+
+    The tag that kombu's Redis, filesystem and database transports keep over a
+    redelivery. AMQP has none: there, messages with the same bytes and headers are
+    taken for one.
+
+    Args:
+        packed: The message as part of a document.
+    """
+    tag = packed["properties"].get("delivery_tag")
+    if isinstance(tag, str) and len(tag) == len(str(UUID(int=0))):
+        return tag
+    own = {
+        name: value
+        for name, value in packed["headers"].items()
+        if not is_of_delivery(name) and name != HEADER
+    }
+    return _digest(packed["body"], json.dumps(own, default=str, sort_keys=True))
 
 
 def trace_id(headers: Mapping[str, Any]) -> str | None:
@@ -221,7 +270,11 @@ def posted(document: Mapping[str, Any]) -> OriginalMessage:
 
 def dumps(document: Mapping[str, Any]) -> bytes:
     """A document as bytes; what JSON lacks is tagged with its type."""
-    return json.dumps(document, default=_tag, separators=(",", ":")).encode()
+    safe = {
+        name: _escaped(value) if name in ("arguments", "original") else value
+        for name, value in document.items()
+    }
+    return json.dumps(safe, default=_tag, separators=(",", ":")).encode()
 
 
 def loads(data: bytes | str) -> dict[str, Any]:
@@ -231,12 +284,22 @@ def loads(data: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: It is not a document of ours, or of a later schema.
     """
-    document = json.loads(data, object_hook=_untag)
-    if not isinstance(document, dict) or document.get("kind") not in (FAILED, SETTLED):
+    try:
+        document: Any = json.loads(data, object_hook=_untag)
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
+        raise ValueError(f"not an envelope: {exc}") from exc
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise ValueError("not an envelope")
+    found: dict[str, Any] = document
     if document.get("schema") != SCHEMA:
         raise ValueError(f"an envelope of schema {document.get('schema')!r}")
-    return document
+    wrong = wrong_fields(document, FIELDS[kind])
+    if not wrong and not re.fullmatch(r"[!-~]{1,32}", document["id"]):
+        wrong = ["id"]
+    if wrong:
+        raise ValueError(f"an envelope with a wrong {', '.join(wrong)}")
+    return found
 
 
 def iso(at: float | None) -> str | None:
@@ -247,6 +310,93 @@ def iso(at: float | None) -> str | None:
 def _digest(namespace: str, identity: str) -> str:
     data = f"{namespace}\0{identity}".encode(errors="replace")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def wrong_fields(document: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """
+    The names of fields that are missing, or not of their type.
+
+    Args:
+        fields: Types by name; in a mapping, those of a part.
+    """
+    wrong = []
+    for name, types in fields.items():
+        value = document.get(name, _MISSING)
+        if isinstance(types, Mapping):
+            inner = value if isinstance(value, Mapping) else {}
+            wrong += [f"{name}.{part}" for part in wrong_fields(inner, types)]
+        elif (
+            not isinstance(value, types)
+            or value is _MISSING
+            or (types is int and not 0 <= value <= LARGEST_COUNT)
+            or (isinstance(value, float) and not isfinite(value))
+        ):
+            wrong.append(name)
+    return wrong
+
+
+_MISSING = object()
+
+#: What every store takes as a whole number.
+LARGEST_COUNT = 2**31 - 1
+
+_TEXT, _OPTIONAL_TEXT = str, (str, type(None))
+_NUMBER, _OPTIONAL_NUMBER = (int, float), (int, float, type(None))
+
+#: What a document must hold, by its kind: types, and what is in its parts.
+FIELDS: Mapping[str, Mapping[str, Any]] = {
+    FAILED: {
+        **dict.fromkeys(
+            (
+                *("capture", "id", "app", "reason", "task", "task_id", "queue"),
+                *("exchange", "routing_key", "failed_queue", "exception", "message"),
+                *("traceback", "fingerprint", "args", "kwargs"),
+            ),
+            _TEXT,
+        ),
+        **dict.fromkeys(
+            (
+                *("token", "root_id", "parent_id", "content_type", "release"),
+                *("trace_id", "sentry_event_id", "idempotency_key"),
+            ),
+            _OPTIONAL_TEXT,
+        ),
+        **dict.fromkeys(("attempt_number", "replay_number", "chain_length"), int),
+        "arguments": dict,
+        "attempt": {
+            **dict.fromkeys(("at", "worker", "reason", "exception", "message"), _TEXT),
+            **dict.fromkeys(("pid", "runtime_s"), _OPTIONAL_NUMBER),
+        },
+        "redelivered": bool,
+        "failed_at": _NUMBER,
+        "in_chord": bool,
+        "priority": object,
+        "body_kib": _NUMBER,
+        "original": {
+            **dict.fromkeys(("body", "exchange", "routing_key", "queue"), _TEXT),
+            **dict.fromkeys(("content_type", "content_encoding"), _OPTIONAL_TEXT),
+            **dict.fromkeys(("headers", "properties"), dict),
+        },
+    },
+    SETTLED: {
+        **dict.fromkeys(("id", "task", "outcome"), _TEXT),
+        **dict.fromkeys(("reason", "token"), _OPTIONAL_TEXT),
+        "replay_number": int,
+        "settled_at": _NUMBER,
+    },
+}
+
+
+def _escaped(value: Any) -> Any:
+    """What a user wrote, so that `_untag` does not take it for a tag of ours."""
+    if isinstance(value, Mapping):
+        inner = {str(key): _escaped(part) for key, part in value.items()}
+        if len(inner) == 1 and next(iter(inner)).startswith("$"):
+            return {"$dict": list(inner.items())}
+        return inner
+    if isinstance(value, list | tuple):
+        return [_escaped(part) for part in value]
+    return value
 
 
 def _tag(value: Any) -> Any:
@@ -266,6 +416,8 @@ def _tag(value: Any) -> Any:
 def _untag(value: dict[str, Any]) -> Any:
     if len(value) == 1:
         ((kind, text),) = value.items()
+        if kind == "$dict":
+            return dict(text)
         if kind == "$datetime":
             return datetime.fromisoformat(text)
         if kind == "$bytes":

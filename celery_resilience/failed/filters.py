@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 
-from celery_resilience.delivery.outcome import Reason
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.record import State, Summary
+from celery_resilience.outcome import Reason
+from celery_resilience.redaction import MAX_VALUE_CHARS, cut, storable
 
 UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -143,8 +145,39 @@ def parse_argument(text: str) -> tuple[str, str]:
     return name, value
 
 
-def matches_globs(wanted: Filter, found: Summary) -> bool:
-    """Whether a summary matches the globs, which SQL and Redis know otherwise."""
+def is_match(wanted: Filter, found: Summary, arguments: str) -> bool:
+    """
+    Whether a failed task is meant.
+
+    Args:
+        arguments: Its redacted arguments by name, as JSON.
+    """
+    return (
+        _matches_words(wanted, found)
+        and _matches_globs(wanted, found)
+        and (wanted.message or "").casefold() in found.message.casefold()
+        and (not wanted.args or _matches_arguments(wanted.args, json.loads(arguments)))
+    )
+
+
+def _matches_words(wanted: Filter, found: Summary) -> bool:
+    equal = (
+        (wanted.state, found.state),
+        (wanted.queue, found.queue),
+        (wanted.failed_queue, found.failed_queue),
+        (wanted.reason, found.reason),
+        (wanted.release, found.release),
+    )
+    return (
+        all(word is None or storable(word) == value for word, value in equal)
+        and (wanted.ids is None or found.id in wanted.ids)
+        and (wanted.since is None or found.last_failed_at >= wanted.since)
+        and (wanted.until is None or found.last_failed_at <= wanted.until)
+        and found.fingerprint.startswith((wanted.group or "").lower())
+    )
+
+
+def _matches_globs(wanted: Filter, found: Summary) -> bool:
     return (
         (wanted.task is None or fnmatchcase(found.task, wanted.task))
         and (wanted.worker is None or fnmatchcase(found.worker, wanted.worker))
@@ -156,12 +189,13 @@ def matches_globs(wanted: Filter, found: Summary) -> bool:
     )
 
 
-def matches_arguments(
+def _matches_arguments(
     wanted: tuple[tuple[str, str], ...], arguments: dict[str, str]
 ) -> bool:
-    """Whether every wanted argument is there with that text, quoted or not."""
+    """Whether every wanted argument is there, as a text or as it is shown."""
     return all(
-        name in arguments and value in (arguments[name], arguments[name].strip("'\""))
+        name in arguments
+        and arguments[name] in (value, repr(cut(value, MAX_VALUE_CHARS)))
         for name, value in wanted
     )
 

@@ -7,8 +7,18 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from celery_resilience.delivery.message import OriginalMessage
 from celery_resilience.failed.envelope import SCHEMA, iso, unpack
+from celery_resilience.message import OriginalMessage
+
+#: The names of the public JSON, in their order.
+FIELDS = (
+    *("schema", "id", "app", "state", "reason", "task", "task_id", "queue"),
+    *("exchange", "routing_key", "failed_queue", "exception", "message", "traceback"),
+    *("fingerprint", "args", "kwargs", "attempts", "first_failed_at"),
+    *("last_failed_at", "replays", "replayed_as", "root_id", "parent_id", "in_chord"),
+    *("chain_length", "priority", "content_type", "body_kib", "release", "trace_id"),
+    *("sentry_event_id", "idempotency_key"),
+)
 
 
 class State(StrEnum):

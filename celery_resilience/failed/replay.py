@@ -7,16 +7,15 @@ grows stale and the same token is published again; the worker runs one copy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, Protocol
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from celery_resilience.delivery.message import HEADER, OriginalMessage
-from celery_resilience.delivery.outcome import Reason
-from celery_resilience.errors import PublishRefused
+from celery_resilience.errors import BrokerUnavailable, PublishRefused
+from celery_resilience.failed.pages import pages
 from celery_resilience.failed.store import Claim, FailedTaskStore
+from celery_resilience.message import HEADER, OriginalMessage
+from celery_resilience.outcome import Reason
 
 logger = logging.getLogger("celery_resilience.failed")
 
@@ -31,14 +30,6 @@ NEEDS_NEW_ID = frozenset({Reason.EXPIRED, Reason.REVOKED})
 SPENT_HEADERS = ("eta", "expires")
 
 
-class SendsClaims(Protocol):
-    """Publishes the message of a claim."""
-
-    def send(self, claim: Claim) -> str | None:
-        """Returns the message's task id where it is new; raises PublishRefused."""
-        ...
-
-
 @dataclass(slots=True)
 class ReplayReport:
     """
@@ -48,6 +39,10 @@ class ReplayReport:
         sent: Records whose message the broker has.
         failed: Records whose message it refused, with why.
         skipped: Ids that were not unresolved (any more).
+        in_doubt: Records whose message the broker may have: whoever collects a
+            minute later sends it again, and one copy runs.
+        would_send: What a dry run would send.
+        in_chord: How many of those sent belong to a chord, which Celery has failed.
         operation_id: Names this replay in the log.
     """
 
@@ -55,11 +50,12 @@ class ReplayReport:
     sent: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    in_doubt: list[str] = field(default_factory=list)
+    would_send: list[str] = field(default_factory=list)
+    in_chord: int = 0
 
 
-def replayed(
-    claim: Claim, *, to_queue: str | None = None, new_id: str | None = None
-) -> OriginalMessage:
+def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
     """
     The message that is sent for *claim*.
 
@@ -68,12 +64,10 @@ def replayed(
     own, so that a worker tells it from another of the same replay.
 
     Args:
-        to_queue: Another queue than the original one.
         new_id: Another task id than the original one.
     """
     message = claim.original.without_past()
     headers = {k: v for k, v in message.headers.items() if k not in SPENT_HEADERS}
-    headers.pop(HEADER, None)
     properties = {k: v for k, v in message.properties.items() if k != "expiration"}
     if "id" in headers:
         headers.update(eta=None, expires=None, retries=0)
@@ -94,7 +88,7 @@ def replayed(
         message,
         headers=headers,
         properties=properties,
-        queue=to_queue or message.queue,
+        queue=claim.to_queue or message.queue,
     )
 
 
@@ -120,11 +114,12 @@ class Replayer:
         self._publish = publish
         self._is_followed = is_followed
 
-    def send(
-        self, claim: Claim, *, to_queue: str | None = None, new_id: bool = False
-    ) -> str | None:
+    def send(self, claim: Claim) -> str | None:
         """
         Publish the message of one claim.
+
+        Where the answer is lost it is sent once more, as another copy: the worker runs
+        one of them, if it is resilient.
 
         Returns:
             The message's task id where it is new.
@@ -133,11 +128,55 @@ class Replayer:
             PublishRefused: The broker did not take it.
             BrokerUnavailable: Nobody knows.
         """
-        id = uuid4() if new_id or claim.reason in NEEDS_NEW_ID else None
-        self._publish(
-            replayed(claim, to_queue=to_queue, new_id=None if id is None else str(id))
-        )
-        return None if id is None else str(id)
+        new_id = None
+        if claim.wants_new_id or claim.reason in NEEDS_NEW_ID:
+            # The same one where a claim is sent twice.
+            new_id = str(UUID(claim.token))
+        try:
+            self._publish(replayed(claim, new_id=new_id))
+        except BrokerUnavailable:
+            if not self._is_followed(claim.task):
+                raise
+            self._publish(replayed(claim, new_id=new_id))
+        return new_id
+
+    def send_claims(
+        self, claims: Sequence[Claim], report: ReplayReport, *, are_new: bool = False
+    ) -> None:
+        """
+        Publish the messages of *claims*; one that is refused never stops the rest.
+
+        Args:
+            are_new: Nobody else has tried to send them.
+
+        Raises:
+            BrokerUnavailable: One is in doubt; the rest was not tried, and those
+                that are new are unresolved again.
+        """
+        sent: list[tuple[Claim, str | None]] = []
+        untried = list(reversed(claims))
+        try:
+            while untried:
+                claim = untried.pop()
+                try:
+                    sent.append((claim, self.send(claim)))
+                except PublishRefused as exc:
+                    self._store.release(claim, str(exc))
+                    report.failed[claim.id] = str(exc)
+        except BaseException:
+            report.in_doubt.append(claim.id)
+            for claim in untried if are_new else ():
+                self._store.release(
+                    claim, "its replay was broken off before it was sent"
+                )
+            raise
+        finally:
+            self._store.mark_sent(sent)
+            report.sent += [claim.id for claim, _ in sent]
+        report.in_chord += sum(claim.in_chord for claim, _ in sent)
+        unfollowed = [c.id for c, _ in sent if not self._is_followed(c.task)]
+        if unfollowed:
+            self._store.finish(unfollowed, "sent; its task is not resilient")
 
     def replay(
         self,
@@ -145,6 +184,7 @@ class Replayer:
         *,
         to_queue: str | None = None,
         new_id: bool = False,
+        report: ReplayReport | None = None,
         on_progress: Callable[[ReplayReport], None] | None = None,
     ) -> ReplayReport:
         """
@@ -154,33 +194,18 @@ class Replayer:
             ids: Whole ids.
             to_queue: Another queue than the original ones.
             new_id: Give each message a new task id.
+            report: Filled in, also where an error breaks the replay off.
             on_progress: Called after each page.
 
         Raises:
-            BrokerUnavailable: The rest was not tried. Claims that were not sent
-                are sent by whoever collects a minute later.
+            BrokerUnavailable: One is in doubt, and the rest was not tried.
         """
-        report = ReplayReport()
-        for page in _pages(ids, PAGE):
-            claims = self._store.claim(page)
+        report = report or ReplayReport()
+        for page in pages(ids, PAGE):
+            claims = self._store.claim(page, to_queue=to_queue, wants_new_id=new_id)
             claimed = {claim.id for claim in claims}
             report.skipped += [id for id in page if id not in claimed]
-            sent: list[tuple[Claim, str | None]] = []
-            try:
-                for claim in claims:
-                    try:
-                        sent.append(
-                            (claim, self.send(claim, to_queue=to_queue, new_id=new_id))
-                        )
-                    except PublishRefused as exc:
-                        self._store.release(claim, str(exc))
-                        report.failed[claim.id] = str(exc)
-            finally:
-                self._store.mark_sent(sent)
-            report.sent += [claim.id for claim, _ in sent]
-            unfollowed = [c.id for c, _ in sent if not self._is_followed(c.task)]
-            if unfollowed:
-                self._store.finish(unfollowed, "sent; its task is not resilient")
+            self.send_claims(claims, report, are_new=True)
             if on_progress is not None:
                 on_progress(report)
         logger.info(
@@ -191,20 +216,3 @@ class Replayer:
             len(report.skipped),
         )
         return report
-
-
-def _pages(ids: Iterable[str], size: int) -> Iterator[Sequence[str]]:
-    iterator = iter(ids)
-    while page := list(islice(iterator, size)):
-        yield page
-
-
-def chord_note(claims: Iterable[Any]) -> str:
-    """What to say when chords wait for replayed tasks in vain, or ""."""
-    count = sum(1 for claim in claims if claim.in_chord)
-    if not count:
-        return ""
-    return (
-        f"{count} of them belong to a chord: Celery failed it with their first "
-        "failure, and its body will not run"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from celery_resilience.delivery.outcome import Reason
+from celery_resilience.outcome import Reason
 
 #: Reasons that are kept only where a route names them.
 ON_REQUEST = frozenset({Reason.EXPIRED, Reason.REVOKED})

@@ -1,8 +1,4 @@
-"""Files on the worker's disk that hold envelopes the broker would not take.
-
-One file a document, written under another name, flushed to the disk with its
-folder, and renamed: a file with its final name is whole.
-"""
+"""Files on the worker's disk, one for each envelope that the broker would not take."""
 
 from __future__ import annotations
 
@@ -12,10 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-from celery_resilience.delivery.message import OriginalMessage
-from celery_resilience.errors import PublishRefused
+from celery_resilience.errors import ConfigurationError, PublishRefused
 from celery_resilience.failed.envelope import loads, posted
+from celery_resilience.failed.files import put_file
+from celery_resilience.message import OriginalMessage
 
 logger = logging.getLogger("celery_resilience.failed")
 
@@ -35,6 +33,23 @@ class Spool:
         self._folder = folder
         self._is_full = False
 
+    def check(self) -> None:
+        """
+        Make the folder, or say why not.
+
+        Raises:
+            ConfigurationError: Nothing could be written there.
+        """
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_writable = os.access(self._folder, os.W_OK | os.X_OK)
+        except OSError as exc:
+            raise ConfigurationError(f"resilience_spool_dir: {exc}") from exc
+        if not is_writable:
+            raise ConfigurationError(
+                f"resilience_spool_dir: {self._folder} is not writable"
+            )
+
     def put(self, message: OriginalMessage) -> bool:
         """
         Keep an envelope until the broker takes it.
@@ -43,15 +58,8 @@ class Spool:
             False when the disk does not take it; nothing is left behind.
         """
         name = f"{time.time_ns():020d}-{os.getpid()}-{id(message):x}{SUFFIX}"
-        partial = self._folder / f".{name}"
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(partial, "xb") as file:
-                file.write(message.body)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(partial, self._folder / name)
-            self._flush_folder()
+            put_file(self._folder / name, lambda file: _write(file, message))
         except OSError as exc:
             if not self._is_full:
                 logger.error(
@@ -60,8 +68,6 @@ class Spool:
                     exc,
                 )
             self._is_full = True
-            with contextlib.suppress(OSError):
-                partial.unlink()
             return False
         self._is_full = False
         return True
@@ -82,11 +88,15 @@ class Spool:
                 data = path.read_bytes()
             except FileNotFoundError:
                 continue  # another worker took it
+            except OSError as exc:
+                logger.error("cannot read %s from the spool: %s", path, exc)
+                continue
             try:
                 message = posted(loads(data))
-            except (ValueError, KeyError) as exc:
+            except ValueError as exc:
                 logger.error("%s is no envelope (%s): set aside", path, exc)
-                path.rename(path.with_name(path.name + BROKEN))
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(path.with_name(path.name + BROKEN))
                 continue
             try:
                 publish(message)
@@ -110,9 +120,6 @@ class Spool:
         except OSError:
             return []
 
-    def _flush_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def _write(file: BinaryIO, message: OriginalMessage) -> None:
+    file.write(message.body)

@@ -1,135 +1,67 @@
-"""Failed tasks in SQLite or PostgreSQL."""
+"""Failed tasks in a SQL database."""
 
 from __future__ import annotations
 
-import builtins
-import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
-    Boolean,
-    Column,
     Connection,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    String,
-    Table,
-    Text,
+    Update,
     and_,
     bindparam,
     case,
     delete,
+    false,
     func,
     or_,
     select,
     update,
 )
-from sqlalchemy.sql import ColumnElement, Select
+from sqlalchemy.sql import ColumnElement
 
-from celery_resilience.failed.envelope import dumps, loads, unpack
-from celery_resilience.failed.filters import Filter, matches_arguments, matches_globs
+from celery_resilience.failed.filters import Filter, is_match
 from celery_resilience.failed.merge import Record, merged
+from celery_resilience.failed.pages import pages
 from celery_resilience.failed.record import FailedTask, Phase, State, Summary
-from celery_resilience.failed.store import Claim
-from celery_resilience.redaction import cut
-from celery_resilience.stores.sql import SqlDatabase, metadata
-
-VERSION = 1
-
-#: Characters of a message that a list and its filter see; the document has all.
-LISTED_MESSAGE_CHARS = 500
+from celery_resilience.failed.rows import (
+    CLAIM,
+    GHOST,
+    GHOST_S,
+    KEPT,
+    RECORD,
+    SHORTEST_START,
+    SUMMARY,
+    TASK,
+    TOP,
+    claim_of,
+    kept_of,
+    record_of,
+    row_of,
+    row_of_kept,
+    summary_of,
+    task_of,
+)
+from celery_resilience.failed.sql_filter import conditions, needs_python
+from celery_resilience.failed.sql_table import TABLES, VERSION, columns, failed
+from celery_resilience.failed.store import Claim, Kept, Usage
+from celery_resilience.redaction import storable
+from celery_resilience.stores.sql import SqlDatabase
 
 #: Rows in one statement or page.
 PAGE = 500
 
-#: Names in a count by task, reason or exception.
-TOP = 20
-
-#: The reason of a success that was collected before the failure it makes void.
-_GHOST = ""
+#: Rows in one page of whole documents, each of which may be large.
+DOCUMENTS = 50
 
 _UNRESOLVED: dict[str, Any] = {
-    "state": "unresolved",
+    "state": State.UNRESOLVED,
     "phase": None,
     "token": None,
     "copy": None,
 }
-
-#: Seconds that the success of a redelivery waits for the failure it makes void.
-GHOST_S = 3_600.0
-
-failed = Table(
-    "resilience_failed",
-    metadata,
-    Column("namespace", String(64), primary_key=True),
-    Column("id", String(32), primary_key=True),
-    Column("state", String(12), nullable=False),
-    Column("phase", String(8)),
-    Column("token", String(32)),
-    Column("copy", String(32)),
-    Column("claimed_at", Float(53)),
-    Column("number", Integer, nullable=False, default=0),
-    Column("replays", Integer, nullable=False, default=0),
-    Column("replayed_as", String(255)),
-    Column("settled_at", Float(53)),
-    Column("note", Text),
-    Column("reason", String(32), nullable=False),
-    Column("task", String(255), nullable=False),
-    Column("task_id", String(255), nullable=False),
-    Column("queue", String(255), nullable=False),
-    Column("failed_queue", String(255), nullable=False),
-    Column("exception", String(255), nullable=False),
-    Column("message", Text, nullable=False),
-    Column("fingerprint", String(16), nullable=False),
-    Column("worker", String(255), nullable=False),
-    Column("release", String(64)),
-    Column("first_failed_at", Float(53), nullable=False),
-    Column("last_failed_at", Float(53), nullable=False),
-    Column("in_chord", Boolean, nullable=False, default=False),
-    Column("arguments", Text, nullable=False),
-    Column("attempts", Text, nullable=False),
-    # Last, so that SQLite reads the others without the pages it overflows to.
-    Column("document", LargeBinary),
-    Index("resilience_failed_state", "namespace", "state", "last_failed_at"),
-    Index("resilience_failed_time", "namespace", "last_failed_at"),
-    Index("resilience_failed_group", "namespace", "fingerprint", "last_failed_at"),
-    Index("resilience_failed_task_id", "namespace", "task_id"),
-)
-Index(
-    "resilience_failed_ghosts",
-    failed.c.namespace,
-    failed.c.last_failed_at,
-    sqlite_where=failed.c.reason == _GHOST,
-    postgresql_where=failed.c.reason == _GHOST,
-)
-
-TABLES = [failed]
-
-_SUMMARY = (
-    failed.c.id,
-    failed.c.state,
-    failed.c.reason,
-    failed.c.task,
-    failed.c.task_id,
-    failed.c.queue,
-    failed.c.failed_queue,
-    failed.c.exception,
-    failed.c.message,
-    failed.c.fingerprint,
-    failed.c.worker,
-    failed.c.release,
-    failed.c.first_failed_at,
-    failed.c.last_failed_at,
-    failed.c.replays,
-    failed.c.phase,
-    failed.c.note,
-)
 
 
 class SqlFailedTaskStore:
@@ -150,10 +82,14 @@ class SqlFailedTaskStore:
     def keep(self, documents: Sequence[Mapping[str, Any]]) -> None:
         """Take documents from failed queues in; the same one again changes nothing."""
         self._ready()
-        for start in range(0, len(documents), PAGE):
-            with self._database.writing() as connection:
-                self._keep_page(connection, documents[start : start + PAGE])
-                self._forget_ghosts(connection)
+        for page in pages(documents, PAGE):
+            self._database.write(partial(self._keep_page, documents=page))
+
+    def check(self) -> None:
+        """Raise what `keep` would, if it is known now that it would."""
+        self._ready()
+        with self._database.writing() as connection:
+            connection.execute(update(failed).where(false()).values(note=None))
 
     def _keep_page(
         self, connection: Connection, documents: Sequence[Mapping[str, Any]]
@@ -172,168 +108,164 @@ class SqlFailedTaskStore:
                 if after is not None and after != before:
                     (new if before is None else changed).append(after)
             self._update(connection, changed)
-            inserted = self._insert(connection, new)
+            inserted = self._insert(connection, [row_of(record) for record in new])
             # What another collector inserted a moment ago is merged with in the
             # next round.
             by_id = {r.id: by_id[r.id] for r in new if r.id not in inserted}
+        self._forget_ghosts(connection)
 
     def _lock_rows(
         self, connection: Connection, ids: Sequence[str]
     ) -> dict[str, Record]:
         query = (
-            select(
-                failed.c.id,
-                failed.c.state,
-                failed.c.document,
-                failed.c.attempts,
-                failed.c.number,
-                failed.c.token,
-                failed.c.phase,
-                failed.c.settled_at,
-                failed.c.note,
-            )
+            select(*columns(RECORD))
             .where(self._mine(), failed.c.id.in_(ids))
             .order_by(failed.c.id)
             .with_for_update()
         )
-        return {
-            row.id: Record(
-                id=row.id,
-                state=State(row.state),
-                document=None if row.document is None else _unpacked(row.document),
-                attempts=tuple(json.loads(row.attempts)),
-                number=row.number,
-                token=row.token,
-                phase=None if row.phase is None else Phase(row.phase),
-                settled_at=row.settled_at,
-                note=row.note,
-            )
-            for row in connection.execute(query)
-        }
+        return {row.id: record_of(row) for row in connection.execute(query)}
 
     def _update(self, connection: Connection, records: Sequence[Record]) -> None:
         if records:
-            rows = [self._row(record) for record in records]
+            rows = [row_of(record) for record in records]
             connection.execute(
                 update(failed).where(self._mine(), failed.c.id == bindparam("row_id")),
                 [{"row_id": row.pop("id"), **row} for row in rows],
             )
 
-    def _insert(self, connection: Connection, records: Sequence[Record]) -> set[str]:
-        if not records:
+    def _insert(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
+    ) -> set[str]:
+        if not rows:
             return set()
-        rows = [{"namespace": self._namespace, **self._row(r)} for r in records]
-        statement = (
-            self._database.insert(failed)
-            .on_conflict_do_nothing()
-            .returning(failed.c.id)
+        # In one order everywhere, so that collectors wait and do not deadlock.
+        sorted_rows = sorted(
+            ({"namespace": self._namespace, **row} for row in rows),
+            key=lambda row: row["id"],
         )
-        return set(connection.execute(statement, rows).scalars())
-
-    def _row(self, record: Record) -> dict[str, Any]:
-        document = record.document or {}
-        failed_at = document.get("failed_at", record.settled_at)
-        first = record.attempts[0]["_failed_at"] if record.attempts else failed_at
-        attempt = document.get("attempt", {})
-        return {
-            "id": record.id,
-            "state": record.state,
-            "phase": record.phase,
-            "token": record.token,
-            "number": record.number,
-            "settled_at": record.settled_at,
-            "note": record.note,
-            "reason": document.get("reason", _GHOST),
-            "task": document.get("task", "")[:255],
-            "task_id": document.get("task_id", "")[:255],
-            "queue": document.get("queue", "")[:255],
-            "failed_queue": document.get("failed_queue", "")[:255],
-            "exception": document.get("exception", "")[:255],
-            "message": cut(document.get("message", ""), LISTED_MESSAGE_CHARS),
-            "fingerprint": document.get("fingerprint", ""),
-            "worker": attempt.get("worker", "")[:255],
-            "release": document.get("release"),
-            "first_failed_at": first,
-            "last_failed_at": failed_at,
-            "in_chord": bool(document.get("in_chord")),
-            "arguments": json.dumps(document.get("arguments", {})),
-            "attempts": json.dumps(record.attempts),
-            "document": _packed(document) if document else None,
-        }
+        return self._database.insert_new(connection, sorted_rows, failed.c.id)
 
     def _forget_ghosts(self, connection: Connection) -> None:
         connection.execute(
             delete(failed).where(
                 self._mine(),
-                failed.c.reason == _GHOST,
+                failed.c.reason == GHOST,
                 failed.c.last_failed_at < self._database.now() - GHOST_S,
             )
         )
 
     # --- looking ----------------------------------------------------------------------
 
-    def list(self, wanted: Filter, *, limit: int | None = None) -> Iterator[Summary]:
+    def list(
+        self, wanted: Filter, *, limit: int | None = None, oldest_first: bool = False
+    ) -> Iterator[Summary]:
         """The failed tasks that match, last failed first, in flat memory."""
         self._ready()
-        query = (
-            select(*_SUMMARY, failed.c.arguments)
-            .where(*self._conditions(wanted))
-            .order_by(failed.c.last_failed_at.desc(), failed.c.id)
-            .execution_options(yield_per=PAGE)
-        )
-        if limit is not None and not _needs_python(wanted):
-            query = query.limit(limit)
-        left = limit
-        with self._database.reading() as connection:
-            for row in connection.execute(query):
-                summary = _summary(row)
+        is_exact = not needs_python(wanted)
+        size = PAGE if limit is None or not is_exact else min(PAGE, limit)
+        left, last = limit, None
+        while left is None or left > 0:
+            rows = self._list_page(wanted, size, last, oldest_first=oldest_first)
+            for row in rows:
+                summary = summary_of(row)
                 if left == 0:
                     return
-                if _is_match(wanted, summary, row.arguments):
+                if is_match(wanted, summary, row.arguments):
                     left = None if left is None else left - 1
                     yield summary
+            if len(rows) < size:
+                return
+            last = rows[-1]
+
+    def _list_page(
+        self, wanted: Filter, size: int, last: Any, *, oldest_first: bool
+    ) -> Sequence[Any]:
+        """
+        Rows that SQL finds, of which Python may refuse some.
+
+        Args:
+            last: The row before them. Pages, and no cursor: pymysql reads a result
+                whole, and a cursor keeps a transaction open.
+        """
+        at, id = failed.c.last_failed_at, failed.c.id
+        query = (
+            select(*columns(SUMMARY), failed.c.arguments)
+            .where(self._mine(), *conditions(wanted))
+            .order_by(at if oldest_first else at.desc(), id)
+            .limit(size)
+        )
+        if last is not None:
+            further = (
+                at > last.last_failed_at if oldest_first else at < last.last_failed_at
+            )
+            # The first condition alone is what an index is for.
+            reached = (
+                at >= last.last_failed_at if oldest_first else at <= last.last_failed_at
+            )
+            query = query.where(
+                reached, or_(further, and_(at == last.last_failed_at, id > last.id))
+            )
+        with self._database.reading() as connection:
+            return connection.execute(query).all()
 
     def count(self, wanted: Filter) -> int:
         """How many match."""
-        if _needs_python(wanted):
+        if needs_python(wanted):
             return sum(1 for _ in self.list(wanted))
         self._ready()
         query = select(func.count()).select_from(failed)
         with self._database.reading() as connection:
             return int(
-                connection.execute(query.where(*self._conditions(wanted))).scalar_one()
+                connection.execute(
+                    query.where(self._mine(), *conditions(wanted))
+                ).scalar_one()
             )
 
     def get(self, id: str) -> FailedTask | None:
         """One failed task with its message."""
+        return next(self.get_many([id]), None)
+
+    def get_many(self, ids: Iterable[str]) -> Iterator[FailedTask]:
+        """Those of *ids* that there are, in their order, with their messages."""
         self._ready()
-        query = select(
-            *_SUMMARY, failed.c.document, failed.c.attempts, failed.c.replayed_as
-        ).where(self._mine(), failed.c.id == id, failed.c.reason != _GHOST)
+        for page in pages(ids, DOCUMENTS):
+            query = select(*columns(TASK)).where(
+                self._mine(), failed.c.id.in_(page), failed.c.reason != GHOST
+            )
+            with self._database.reading() as connection:
+                found = {row.id: task_of(row) for row in connection.execute(query)}
+            yield from (found[id] for id in page if id in found)
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those of *ids*, whole ones, that there are."""
+        self._ready()
+        found: set[str] = set()
         with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            return None
-        return FailedTask(
-            summary=_summary(row),
-            document=_unpacked(row.document),
-            attempts=[
-                {k: v for k, v in attempt.items() if not k.startswith("_")}
-                for attempt in json.loads(row.attempts)
-            ],
-            replayed_as=row.replayed_as,
-        )
+            for page in pages(ids, PAGE):
+                query = select(failed.c.id).where(
+                    self._mine(), failed.c.id.in_(page), failed.c.reason != GHOST
+                )
+                found.update(connection.execute(query).scalars())
+        return found
 
     def resolve(self, start: str, *, limit: int = 2) -> Sequence[str]:
-        """The ids that begin with *start*, or whose task id is *start*."""
+        """The ids that begin with *start*, or else those whose task id does."""
         self._ready()
+        start = storable(start)
         is_meant = failed.c.task_id == start
         if start and set(start.lower()) <= set("0123456789abcdef"):
             low = start.lower()
             is_meant = or_(is_meant, failed.c.id.between(low, low + "g"))
+        found = self._ids_where(is_meant, limit)
+        if not found and len(start) >= SHORTEST_START:
+            starts = failed.c.task_id.startswith(start, autoescape=True)
+            found = self._ids_where(starts, limit)
+        return found
+
+    def _ids_where(self, is_meant: ColumnElement[bool], limit: int) -> Sequence[str]:
         query = (
             select(failed.c.id)
-            .where(self._mine(), failed.c.reason != _GHOST, is_meant)
+            .where(self._mine(), failed.c.reason != GHOST, is_meant)
             .limit(limit)
         )
         with self._database.reading() as connection:
@@ -342,7 +274,7 @@ class SqlFailedTaskStore:
     def stats(self) -> Mapping[str, Any]:
         """Counts by state, and of the unresolved by reason, task and age."""
         self._ready()
-        here = and_(self._mine(), failed.c.reason != _GHOST)
+        here = and_(self._mine(), failed.c.reason != GHOST)
         unresolved = and_(here, failed.c.state == State.UNRESOLVED)
         with self._database.reading() as connection:
             now = float(connection.execute(select(self._database.now())).scalar_one())
@@ -370,22 +302,92 @@ class SqlFailedTaskStore:
                 "by_failed_queue": counted(failed.c.failed_queue, unresolved),
             }
 
+    def usage(self) -> Mapping[str, Usage]:
+        """What the failed tasks of each failed queue take."""
+        self._ready()
+        query = (
+            select(failed.c.failed_queue, func.count(), func.sum(failed.c.size))
+            .where(self._mine())
+            .group_by(failed.c.failed_queue)
+        )
+        with self._database.reading() as connection:
+            return {
+                queue: Usage(int(count), int(size))
+                for queue, count, size in connection.execute(query)
+                if queue  # a ghost has none
+            }
+
+    # --- moving elsewhere -------------------------------------------------------------
+
+    def kept(self, ids: Iterable[str]) -> Iterator[Kept]:
+        """All that is held of those of *ids* that there are, in their order."""
+        self._ready()
+        for page in pages(ids, DOCUMENTS):
+            with self._database.reading() as connection:
+                found = self._read_kept(connection, page)
+            yield from (found[id] for id in page if id in found)
+
+    def insert(self, tasks: Sequence[Kept]) -> set[str]:
+        """Take in those of *tasks* that are not there; returns their ids."""
+        self._ready()
+        inserted: set[str] = set()
+        for page in pages(tasks, DOCUMENTS):
+            rows = [row_of_kept(kept) for kept in page]
+            inserted |= self._database.write(partial(self._insert, rows=rows))
+        return inserted
+
+    def remove(self, tasks: Sequence[Kept]) -> set[str]:
+        """Forget those of *tasks* that are still as they were read; returns their ids."""
+        self._ready()
+        removed: set[str] = set()
+        for page in pages(tasks, DOCUMENTS):
+            removed |= self._database.write(partial(self._remove, tasks=page))
+        return removed
+
+    def _remove(self, connection: Connection, tasks: Sequence[Kept]) -> set[str]:
+        given = {kept.record.id: kept for kept in tasks}
+        found = self._read_kept(connection, [*given], lock=True)
+        ids = {id for id, kept in found.items() if kept == given[id]}
+        connection.execute(delete(failed).where(self._mine(), failed.c.id.in_(ids)))
+        return ids
+
+    def _read_kept(
+        self, connection: Connection, ids: Sequence[str], *, lock: bool = False
+    ) -> dict[str, Kept]:
+        query = select(*columns(KEPT)).where(
+            self._mine(), failed.c.id.in_(ids), failed.c.reason != GHOST
+        )
+        if lock:
+            query = query.order_by(failed.c.id).with_for_update()
+        return {row.id: kept_of(row) for row in connection.execute(query)}
+
     # --- replaying ----------------------------------------------------------------------
 
-    def claim(self, ids: Sequence[str]) -> Sequence[Claim]:
+    def claim(
+        self,
+        ids: Sequence[str],
+        *,
+        to_queue: str | None = None,
+        wants_new_id: bool = False,
+    ) -> Sequence[Claim]:
         """Take those of *ids* that are unresolved for a replay."""
         self._ready()
+        ids = list(dict.fromkeys(ids))
         if not ids:
             return []
-        tokens = {id: uuid4().hex for id in ids}
-        with self._database.writing() as connection:
+        tokens = {id: uuid4().hex for id in sorted(ids)}
+        query = select(*columns(CLAIM)).where(
+            self._mine(), failed.c.id.in_(tokens), failed.c.token.in_(tokens.values())
+        )
+
+        def claimed(connection: Connection) -> dict[str, Claim]:
             connection.execute(
                 update(failed)
                 .where(
                     self._mine(),
                     failed.c.id == bindparam("row_id"),
                     failed.c.state == State.UNRESOLVED,
-                    failed.c.reason != _GHOST,
+                    failed.c.reason != GHOST,
                 )
                 .values(
                     state=State.REPLAYING,
@@ -393,55 +395,58 @@ class SqlFailedTaskStore:
                     token=bindparam("new_token"),
                     copy=None,
                     claimed_at=self._database.now(),
+                    to_queue=to_queue,
+                    wants_new_id=wants_new_id,
                     number=failed.c.number + 1,
                     note=None,
                 ),
                 [{"row_id": id, "new_token": token} for id, token in tokens.items()],
             )
-            query = _claims().where(self._mine(), failed.c.token.in_(tokens.values()))
-            found = {row.id: _claim(row) for row in connection.execute(query)}
+            return {row.id: claim_of(row) for row in connection.execute(query)}
+
+        found = self._database.write(claimed)
         return [found[id] for id in ids if id in found]
 
     def mark_sent(self, claims: Sequence[tuple[Claim, str | None]]) -> None:
         """The broker has the messages of these claims."""
         if not claims:
             return
-        with self._database.writing() as connection:
-            connection.execute(
-                update(failed)
-                .where(
-                    self._mine(),
-                    failed.c.id == bindparam("row_id"),
-                    # By number, for its worker may have answered already.
-                    failed.c.number == bindparam("row_number"),
-                )
-                .values(
-                    phase=case(
-                        (failed.c.phase == Phase.CLAIMED, Phase.SENT),
-                        else_=failed.c.phase,
-                    ),
-                    replays=failed.c.replays + 1,
-                    replayed_as=bindparam("new_id"),
-                ),
-                [
-                    {"row_id": claim.id, "row_number": claim.number, "new_id": new_id}
-                    for claim, new_id in claims
-                ],
+        statement = (
+            update(failed)
+            .where(
+                self._mine(),
+                failed.c.id == bindparam("row_id"),
+                # By number, for its worker may have answered already.
+                failed.c.number == bindparam("row_number"),
             )
+            .values(
+                phase=case(
+                    (failed.c.phase == Phase.CLAIMED, Phase.SENT),
+                    else_=failed.c.phase,
+                ),
+                replays=failed.c.replays + 1,
+                replayed_as=bindparam("new_id"),
+            )
+        )
+        rows = [
+            {"row_id": claim.id, "row_number": claim.number, "new_id": new_id}
+            for claim, new_id in sorted(claims, key=lambda pair: pair[0].id)
+        ]
+        self._database.write(lambda connection: connection.execute(statement, rows))
 
     def release(self, claim: Claim, note: str) -> None:
         """Nothing was sent for *claim*: its record is unresolved again."""
-        with self._database.writing() as connection:
-            connection.execute(
-                update(failed)
-                .where(
-                    self._mine(),
-                    failed.c.id == claim.id,
-                    failed.c.token == claim.token,
-                    failed.c.phase == Phase.CLAIMED,
-                )
-                .values(**_UNRESOLVED, note=note)
+        statement = (
+            update(failed)
+            .where(
+                self._mine(),
+                failed.c.id == claim.id,
+                failed.c.token == claim.token,
+                failed.c.phase == Phase.CLAIMED,
             )
+            .values(**_UNRESOLVED, note=note)
+        )
+        self._database.write(lambda connection: connection.execute(statement))
 
     def finish(self, ids: Sequence[str], note: str) -> None:
         """Resolve replays that no worker will report."""
@@ -452,9 +457,10 @@ class SqlFailedTaskStore:
     def take_stale_claims(self, *, older_than_s: float, limit: int) -> Sequence[Claim]:
         """Claims whose owner died before it sent them, with their old token."""
         self._ready()
-        with self._database.writing() as connection:
+
+        def taken(connection: Connection) -> Sequence[Claim]:
             query = (
-                _claims()
+                select(*columns(CLAIM))
                 .where(
                     self._mine(),
                     failed.c.state == State.REPLAYING,
@@ -464,34 +470,40 @@ class SqlFailedTaskStore:
                 .limit(limit)
                 .with_for_update(skip_locked=True)
             )
-            claims = [_claim(row) for row in connection.execute(query)]
+            claims = [claim_of(row) for row in connection.execute(query)]
             if claims:
                 connection.execute(
                     update(failed)
                     .where(self._mine(), failed.c.id.in_([c.id for c in claims]))
                     .values(claimed_at=self._database.now())
                 )
-        return claims
+            return claims
+
+        return self._database.write(taken)
 
     def start(self, id: str, *, token: str, copy: str) -> bool:
         """Ask for leave to run a replayed message."""
         self._ready()
-        with self._database.writing() as connection:
-            started = connection.execute(
-                update(failed)
-                .where(
-                    self._mine(),
-                    failed.c.id == id,
-                    failed.c.state == State.REPLAYING,
-                    failed.c.token == token,
-                    or_(failed.c.phase != Phase.RUNNING, failed.c.copy == copy),
-                )
-                .values(phase=Phase.RUNNING, copy=copy)
-            ).rowcount
-            if started:
-                return True
-            query = select(failed.c.id).where(self._mine(), failed.c.id == id)
-            return connection.execute(query).first() is None
+        statement = (
+            update(failed)
+            .where(
+                self._mine(),
+                failed.c.id == id,
+                failed.c.state == State.REPLAYING,
+                failed.c.token == token,
+                or_(failed.c.phase != Phase.RUNNING, failed.c.copy == copy),
+            )
+            .values(phase=Phase.RUNNING, copy=copy)
+        )
+        query = select(failed.c.id).where(self._mine(), failed.c.id == id)
+
+        def started(connection: Connection) -> bool:
+            return (
+                bool(connection.execute(statement).rowcount)
+                or connection.execute(query).first() is None
+            )
+
+        return self._database.write(started)
 
     def discard(self, ids: Sequence[str]) -> int:
         """Mark unresolved ones as never to be replayed; returns how many were."""
@@ -508,21 +520,19 @@ class SqlFailedTaskStore:
     ) -> int:
         self._ready()
         changed = 0
-        for start in range(0, len(ids), PAGE):
-            with self._database.writing() as connection:
-                changed += connection.execute(
-                    update(failed)
-                    .where(
-                        self._mine(),
-                        failed.c.id.in_(ids[start : start + PAGE]),
-                        failed.c.state.in_(states),
-                        failed.c.reason != _GHOST,
-                    )
-                    .values(**values)
-                ).rowcount
+        for page in pages(ids, PAGE):
+            statement = (
+                update(failed)
+                .where(
+                    self._mine(),
+                    failed.c.id.in_(page),
+                    failed.c.state.in_(states),
+                    failed.c.reason != GHOST,
+                )
+                .values(**values)
+            )
+            changed += self._database.write(partial(_count, statement=statement))
         return changed
-
-    # --- conditions -------------------------------------------------------------------------
 
     def _ready(self) -> None:
         self._database.ready("failed", VERSION, TABLES)
@@ -530,103 +540,6 @@ class SqlFailedTaskStore:
     def _mine(self) -> ColumnElement[bool]:
         return failed.c.namespace == self._namespace
 
-    def _conditions(self, wanted: Filter) -> builtins.list[ColumnElement[bool]]:
-        conditions = [self._mine(), failed.c.reason != _GHOST]
-        equal = {
-            failed.c.state: wanted.state,
-            failed.c.queue: wanted.queue,
-            failed.c.failed_queue: wanted.failed_queue,
-            failed.c.reason: wanted.reason,
-            failed.c.release: wanted.release,
-        }
-        conditions += [
-            column == value for column, value in equal.items() if value is not None
-        ]
-        if wanted.ids is not None:
-            conditions.append(failed.c.id.in_(wanted.ids))
-        if wanted.since is not None:
-            conditions.append(failed.c.last_failed_at >= wanted.since)
-        if wanted.until is not None:
-            conditions.append(failed.c.last_failed_at <= wanted.until)
-        if wanted.group is not None:
-            low = wanted.group.lower()
-            conditions.append(failed.c.fingerprint.between(low, low + "g"))
-        if wanted.message is not None:
-            conditions.append(
-                failed.c.message.icontains(wanted.message, autoescape=True)
-            )
-        for column, glob in (
-            (failed.c.task, wanted.task),
-            (failed.c.worker, wanted.worker),
-        ):
-            if glob is not None:
-                conditions.append(column.like(_like(glob), escape="\\"))
-        if wanted.exception is not None:
-            like = _like(wanted.exception)
-            conditions.append(
-                or_(
-                    failed.c.exception.like(like, escape="\\"),
-                    failed.c.exception.like("%." + like, escape="\\"),
-                )
-            )
-        return conditions
 
-
-def _needs_python(wanted: Filter) -> bool:
-    """SQL only narrows these down: LIKE knows no case and no [classes]."""
-    return bool(wanted.task or wanted.worker or wanted.exception or wanted.args)
-
-
-def _is_match(wanted: Filter, found: Summary, arguments: str) -> bool:
-    return matches_globs(wanted, found) and (
-        not wanted.args or matches_arguments(wanted.args, json.loads(arguments))
-    )
-
-
-def _like(glob: str) -> str:
-    """A pattern that matches at least what *glob* does."""
-    if "[" in glob:
-        return "%"
-    escaped = re.sub(r"([\\%_])", r"\\\1", glob)
-    return escaped.replace("*", "%").replace("?", "_")
-
-
-def _claims() -> Select[Any]:
-    return select(
-        failed.c.id,
-        failed.c.token,
-        failed.c.number,
-        failed.c.task,
-        failed.c.task_id,
-        failed.c.reason,
-        failed.c.in_chord,
-        failed.c.document,
-    )
-
-
-def _claim(row: Any) -> Claim:
-    return Claim(
-        id=row.id,
-        token=row.token,
-        number=row.number,
-        task=row.task,
-        task_id=row.task_id,
-        reason=row.reason,
-        in_chord=bool(row.in_chord),
-        original=unpack(_unpacked(row.document)["original"]),
-    )
-
-
-def _summary(row: Any) -> Summary:
-    values = {column.name: getattr(row, column.name) for column in _SUMMARY}
-    values["state"] = State(values["state"])
-    values["phase"] = None if values["phase"] is None else Phase(values["phase"])
-    return Summary(**values)
-
-
-def _packed(document: Mapping[str, Any]) -> bytes:
-    return zlib.compress(dumps(document), 1)
-
-
-def _unpacked(data: bytes) -> dict[str, Any]:
-    return loads(zlib.decompress(data))
+def _count(connection: Connection, statement: Update) -> int:
+    return connection.execute(statement).rowcount

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from celery_resilience.delivery.message import OriginalMessage
 from celery_resilience.failed.filters import Filter
+from celery_resilience.failed.merge import Record
 from celery_resilience.failed.record import FailedTask, Summary
+from celery_resilience.message import OriginalMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Claim:
             record's current one.
         number: How often the record was claimed, this time included.
         reason: Why the task failed last.
+        to_queue: Another queue than the original one.
+        wants_new_id: Its message gets another task id.
         in_chord: A chord waits for the task's result.
     """
 
@@ -31,7 +34,38 @@ class Claim:
     task_id: str
     reason: str
     original: OriginalMessage
+    to_queue: str | None = None
+    wants_new_id: bool = False
     in_chord: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """
+    All that a store holds of one failed task, so that another one may hold the same.
+
+    Attributes:
+        copy: Of the replay under way, the message that is running.
+        claimed_at: Wall time in seconds, by the store's clock.
+        size: Bytes that it takes in the store.
+    """
+
+    record: Record
+    replays: int = 0
+    replayed_as: str | None = None
+    copy: str | None = None
+    claimed_at: float | None = None
+    to_queue: str | None = None
+    wants_new_id: bool = False
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the failed tasks of one failed queue take in the store."""
+
+    count: int = 0
+    size: int = 0
 
 
 class FailedTaskStore(Protocol):
@@ -46,7 +80,13 @@ class FailedTaskStore(Protocol):
         """Take documents from failed queues in; the same one again changes nothing."""
         ...
 
-    def list(self, wanted: Filter, *, limit: int | None = None) -> Iterator[Summary]:
+    def check(self) -> None:
+        """Raise what `keep` would, if it is known now that it would."""
+        ...
+
+    def list(
+        self, wanted: Filter, *, limit: int | None = None, oldest_first: bool = False
+    ) -> Iterator[Summary]:
         """The failed tasks that match, last failed first, in flat memory."""
         ...
 
@@ -58,12 +98,32 @@ class FailedTaskStore(Protocol):
         """One failed task with its message."""
         ...
 
-    def resolve(self, start: str, *, limit: int = 2) -> Sequence[str]:
-        """The ids that begin with *start*, or whose task id is *start*."""
+    def get_many(self, ids: Iterable[str]) -> Iterator[FailedTask]:
+        """Those of *ids* that there are, in their order, with their messages."""
         ...
 
-    def claim(self, ids: Sequence[str]) -> Sequence[Claim]:
-        """Take those of *ids* that are unresolved for a replay."""
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those of *ids*, whole ones, that there are."""
+        ...
+
+    def resolve(self, start: str, *, limit: int = 2) -> Sequence[str]:
+        """The ids that begin with *start*, or else those whose task id does."""
+        ...
+
+    def claim(
+        self,
+        ids: Sequence[str],
+        *,
+        to_queue: str | None = None,
+        wants_new_id: bool = False,
+    ) -> Sequence[Claim]:
+        """
+        Take those of *ids* that are unresolved for a replay.
+
+        Args:
+            to_queue, wants_new_id: Remembered, so that whoever sends a stale
+                claim sends it as it was meant.
+        """
         ...
 
     def mark_sent(self, claims: Sequence[tuple[Claim, str | None]]) -> None:
@@ -117,4 +177,20 @@ class FailedTaskStore(Protocol):
 
     def stats(self) -> Mapping[str, Any]:
         """Counts by state, and of the unresolved by reason, task and age."""
+        ...
+
+    def usage(self) -> Mapping[str, Usage]:
+        """What the failed tasks of each failed queue take."""
+        ...
+
+    def kept(self, ids: Iterable[str]) -> Iterator[Kept]:
+        """All that is held of those of *ids* that there are, in their order."""
+        ...
+
+    def insert(self, tasks: Sequence[Kept]) -> set[str]:
+        """Take in those of *tasks* that are not there; returns their ids."""
+        ...
+
+    def remove(self, tasks: Sequence[Kept]) -> set[str]:
+        """Forget those of *tasks* that are still as they were read; returns their ids."""
         ...

@@ -1,17 +1,18 @@
-"""The engine for SQLite and PostgreSQL, and the schema's version.
+"""The engine for every SQL database, and the schema's version.
 
-Rooms define their tables on `metadata` and call `SqlDatabase.ready` before
-they use them.
+Rooms define their tables with `table` and call `SqlDatabase.ready` before they use
+them. What one kind of database does differently is in `sql_dialects.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     Column,
@@ -21,39 +22,48 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    cast,
     create_engine,
-    event,
-    func,
     inspect,
-    literal,
     select,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import ColumnElement
-from sqlalchemy.types import Float
 
 from celery_resilience.errors import (
-    ConfigurationError,
     MissingExtra,
     SchemaMismatch,
     StoreUnavailable,
 )
+from celery_resilience.stores.sql_dialects import (
+    LOCK_TIMEOUT_S,
+    TABLE_OPTIONS,
+    LongBinary,
+    LongText,
+    dialect_of,
+)
+
+__all__ = ["LongBinary", "LongText", "SqlDatabase", "metadata", "table"]
+
+Result = TypeVar("Result")
 
 metadata = MetaData()
 
-schema_versions = Table(
+#: How often a transaction is tried that a database gives up for another's sake.
+TRIES = 10
+
+
+def table(name: str, *columns: Any) -> Table:
+    """A table of a room's, which compares texts alike in every database."""
+    return Table(name, metadata, *columns, **TABLE_OPTIONS)
+
+
+schema_versions = table(
     "resilience_schema",
-    metadata,
     Column("room", String(32), primary_key=True),
     Column("version", Integer, nullable=False),
 )
-
-#: Seconds that a statement waits for another process's lock.
-LOCK_TIMEOUT_S = 30
-CONNECT_TIMEOUT_S = 5
 
 
 class SqlDatabase:
@@ -61,24 +71,22 @@ class SqlDatabase:
     One database, used from any process: each opens its own connections.
 
     Args:
-        url: `sqlite:///…` or `postgresql+psycopg://…`.
+        url: `sqlite:///…`, `postgresql+psycopg://…` or `mysql+pymysql://…`.
         create_schema: Make missing tables on first use.
     """
 
     def __init__(self, url: str, *, create_schema: bool = True) -> None:
-        self._url = make_url(url)
-        if self._url.drivername == "postgresql":
-            self._url = self._url.set(drivername="postgresql+psycopg")
+        self._dialect, self._url = dialect_of(make_url(url))
         self._create_schema = create_schema
         self._engine: Engine | None = None
-        self._pid = 0
+        self._pid = os.getpid()
         self._ready: set[str] = set()
         self._lock = Lock()
 
     @property
     def is_sqlite(self) -> bool:
         """SQLite is embedded: one host, one writer at a time."""
-        return self._url.get_backend_name() == "sqlite"
+        return self._dialect.is_sqlite
 
     def ready(self, room: str, version: int, tables: list[Table]) -> None:
         """
@@ -128,30 +136,53 @@ class SqlDatabase:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that is committed at the end, or rolled back."""
-        with self._translated(), self._connect() as connection:
-            connection = connection.execution_options(resilience_writes=True)
-            with connection.begin():
-                yield connection
+        with self._translated(), self._transaction() as connection:
+            yield connection
+
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """
+        What *work* returns for a transaction, which is committed then.
+
+        Args:
+            work: Called again, in a new transaction, where the database gave one up
+                in favour of another's.
+        """
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        with self._translated():
+            for tried in range(1, TRIES + 1):
+                try:
+                    with self._transaction() as connection:
+                        return work(connection)
+                except DBAPIError as exc:
+                    if not self._dialect.is_conflict(exc) or tried == TRIES:
+                        raise
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(random.uniform(0, min(0.3, 0.005 * 2**tried)))
+        raise AssertionError("the last try returns or raises")
 
     def now(self) -> ColumnElement[float]:
+        """The database's wall time in seconds, as an expression."""
+        return self._dialect.now()
+
+    def insert_new(
+        self,
+        connection: Connection,
+        rows: Sequence[Mapping[str, Any]],
+        key: Column[Any],
+    ) -> set[Any]:
         """
-        The database's wall time in seconds, as an expression.
+        Insert those of *rows* that are not there yet.
 
-        SQLite is on this host, so its time is this process's.
+        Args:
+            rows: Of *key*'s table.
+            key: The column by which the caller knows a row.
+
+        Returns:
+            Keys of inserted rows. One that is missing may be inserted all the same,
+            and is certainly there: look again.
         """
-        if self.is_sqlite:
-            return literal(time.time(), Float)
-        return cast(func.extract("epoch", func.clock_timestamp()), Float(53))
-
-    def insert(self, table: Table) -> Any:
-        """The dialect's INSERT, which knows ON CONFLICT."""
-        if self.is_sqlite:
-            from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-
-            return sqlite_insert(table)
-        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-
-        return postgresql_insert(table)
+        return self._dialect.insert_new(connection, rows, key)
 
     def close(self) -> None:
         """Close this process's connections."""
@@ -179,36 +210,47 @@ class SqlDatabase:
     def _own_process(self) -> None:
         """A forked child never uses its parent's connections."""
         if self._pid != os.getpid():
-            with self._lock:
-                self._engine = None
-                self._ready = set()
-                self._pid = os.getpid()
+            # The parent's lock may have been held as it forked.
+            self._lock = Lock()
+            self._engine = None
+            self._ready = set()
+            self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self._connect() as connection:
+            connection = connection.execution_options(resilience_writes=True)
+            with connection.begin():
+                yield connection
+
+    def load(self) -> None:
+        """
+        Make the engine, which connects when it is used.
+
+        Raises:
+            MissingExtra: The database's driver is not installed.
+        """
+        self._open()
+
+    def _open(self) -> Engine:
+        self._own_process()
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._make_engine()
+            return self._engine
 
     def _connect(self) -> Connection:
-        self._own_process()
-        if self._engine is None:
-            self._engine = self._make_engine()
-        return self._engine.connect()
+        return self._open().connect()
 
     def _make_engine(self) -> Engine:
-        options: dict[str, Any] = {}
-        if self.is_sqlite:
-            options["connect_args"] = {
-                "timeout": LOCK_TIMEOUT_S,
-                "check_same_thread": False,
-            }
-        else:
-            options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
-            options.update(pool_size=2, max_overflow=4, pool_pre_ping=True)
         try:
-            engine = create_engine(self._url, **options)
+            engine = create_engine(self._url, **self._dialect.engine_options())
         except ModuleNotFoundError as exc:
-            raise MissingExtra.of(
-                exc.name or "the database driver", "postgres", self._shown()
-            ) from exc
-        if self.is_sqlite:
-            event.listen(engine, "connect", _prepare_sqlite)
-            event.listen(engine, "begin", _begin_sqlite)
+            library = exc.name or "the database driver"
+            if library != self._dialect.library:
+                raise MissingExtra(f"{self._shown()} needs {library}") from exc
+            raise MissingExtra.of(library, self._dialect.extra, self._shown()) from exc
+        self._dialect.prepare(engine)
         return engine
 
     def _version_of(self, room: str) -> int | None:
@@ -222,59 +264,36 @@ class SqlDatabase:
 
     def _create(self, room: str, version: int, tables: list[Table]) -> None:
         """Make the tables; another process may do so at the same time."""
+        row = {"room": room, "version": version}
+        cause: Exception | None = None
         for _ in range(3):
             try:
-                with self._connect() as connection:
-                    connection = connection.execution_options(resilience_writes=True)
-                    with connection.begin():
-                        metadata.create_all(connection, [schema_versions, *tables])
-                        connection.execute(
-                            self.insert(schema_versions)
-                            .values(room=room, version=version)
-                            .on_conflict_do_nothing()
-                        )
+                with self._transaction() as connection:
+                    self._dialect.create(
+                        connection, metadata, [schema_versions, *tables]
+                    )
+                    self._dialect.insert_new(connection, [row], schema_versions.c.room)
                 return
-            except (IntegrityError, DBAPIError):
+            except (DBAPIError, TimeoutError) as exc:
                 if self._version_of(room) is not None:
                     return
-        raise StoreUnavailable(f"could not create the tables of {room!r}")
+                cause = exc
+        why = cause.orig if isinstance(cause, DBAPIError) else cause
+        raise StoreUnavailable(
+            f"could not create the tables of {room!r} in {self._shown()}: {why}"
+        ) from cause
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
         except SQLAlchemyError as exc:
-            cause = exc.orig if isinstance(exc, DBAPIError) else exc
+            cause: Any = exc
+            if isinstance(exc, DBAPIError):
+                cause = self._dialect.explain(exc, self._engine) or exc.orig
             raise StoreUnavailable(f"{self._shown()}: {cause}") from exc
+        except UnicodeError as exc:  # the driver's own, of a text that it cannot encode
+            raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
 
     def _shown(self) -> str:
         return self._url.render_as_string(hide_password=True)
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    # The driver's own BEGIN comes too late to be IMMEDIATE.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute(f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes then could not wait for a lock.
-    writes = connection.get_execution_options().get("resilience_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def check_url(url: str) -> None:
-    """
-    Check that SQLAlchemy understands a store's URL.
-
-    Raises:
-        ConfigurationError: It does not.
-    """
-    try:
-        make_url(url)
-    except SQLAlchemyError as exc:
-        raise ConfigurationError(f"resilience_store_url: {exc}") from exc

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from celery_resilience.delivery.outcome import Outcome, Settlement
 from celery_resilience.events import observe
+from celery_resilience.outcome import Outcome, Settlement
 from celery_resilience.redaction import cut, printable
 
 failed_logger = logging.getLogger("celery_resilience.failed")
@@ -53,7 +53,7 @@ _stop: Callable[[], None] | None = None
 def failure_facts(settlement: Settlement) -> dict[str, Any]:
     """What a log tells of a failed delivery; everything in it is redacted."""
     failure = settlement.failure
-    return {
+    facts = {
         "event": "task_failed",
         "task": settlement.task,
         "task_id": settlement.task_id,
@@ -70,6 +70,10 @@ def failure_facts(settlement: Settlement) -> dict[str, Any]:
         "pid": settlement.pid,
         "args": settlement.args,
         "kwargs": settlement.kwargs,
+    }
+    return {
+        name: printable(value, keep_newlines=True) if isinstance(value, str) else value
+        for name, value in facts.items()
     }
 
 
@@ -131,8 +135,8 @@ class WorkerLog:
         self._started_at = time.monotonic()
         self._is_started = False
 
-    def started(self, weak_doors: list[str]) -> None:
-        """Say what is kept where; and once, what this Celery cannot do."""
+    def started(self, warnings: Iterable[str]) -> None:
+        """Say what is kept where; and once, what is weaker than it should be."""
         if self._is_started:
             return  # the consumer has reconnected
         self._is_started = True
@@ -140,12 +144,8 @@ class WorkerLog:
             # `celery worker` logs warnings only, unless it is told otherwise.
             worker_logger.setLevel(logging.INFO)
         worker_logger.info("%s", self._start_line())
-        if weak_doors:
-            worker_logger.warning(
-                "this release of Celery lacks %s: %d promises are weaker",
-                ", ".join(weak_doors),
-                len(weak_doors),
-            )
+        for warning in warnings:
+            worker_logger.warning("%s", warning)
 
     def stopped(self) -> None:
         """Say what became of the deliveries."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from celery_resilience.failed.envelope import dumps
-from celery_resilience.failed.record import FailedTask, Summary
+from celery_resilience.failed.record import FIELDS, FailedTask, Summary
 from celery_resilience.redaction import printable
 
 CHORDS = (
@@ -23,16 +23,23 @@ CHORDS = (
     "and its body will not run"
 )
 
-COLUMNS = ("ID", "FAILED (UTC)", "TASK", "REASON", "EXCEPTION", "MESSAGE")
-
-#: Columns that are never cut on a narrow terminal.
-FIXED_WIDTHS = {"ID": 8, "FAILED (UTC)": 14}
+#: Columns of a table, with the least and the most characters of each on a
+#: terminal; the message gets what is left.
+COLUMNS = {
+    "ID": (8, 8),
+    "FAILED (UTC)": (14, 14),
+    "TASK": (12, 26),
+    "REASON": (9, 30),
+    "EXCEPTION": (9, 22),
+    "MESSAGE": (12, None),
+}
 
 #: Characters of a task's message in a table.
 MESSAGE_CHARS = 100
 
-#: A cell that a spreadsheet would take for a formula begins with one of these.
-FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+#: A cell that a spreadsheet would take for a formula begins with one of these,
+#: perhaps behind white space (OWASP, CSV injection).
+FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -43,26 +50,39 @@ def say(text: str, end: str = "\n") -> None:
 def table(found: Iterable[Summary], file: TextIO | None = None) -> int:
     """Print a table, by rich on a terminal and plain otherwise; returns its rows."""
     file = file or sys.stdout
-    rows = [_cells(summary) for summary in found]
-    if not rows:
-        return 0
-    if file.isatty():
-        grid = Table(header_style="bold", box=None, pad_edge=False)
-        for name in COLUMNS:
-            grid.add_column(name, no_wrap=True, min_width=FIXED_WIDTHS.get(name))
-        for cells in rows:
-            grid.add_row(*(Text(cell) for cell in cells))
+    rows = map(_cells, found)
+    return _grid(rows, file) if file.isatty() else _lines(rows, file)
+
+
+def _grid(rows: Iterable[tuple[str, ...]], file: TextIO) -> int:
+    grid = Table(header_style="bold", box=None, pad_edge=False, expand=True)
+    for name, (least, most) in COLUMNS.items():
+        grid.add_column(
+            name,
+            no_wrap=True,
+            min_width=least,
+            max_width=most,
+            ratio=None if most else 1,
+        )
+    for id, at, task, *others in rows:
+        grid.add_row(*map(Text, (id, at, _end_of(task, COLUMNS["TASK"][1]), *others)))
+    if grid.row_count:
         Console(file=file).print(grid)
-    else:
-        print("\t".join(COLUMNS), file=file)
-        for cells in rows:
-            print("\t".join(cells), file=file)
-    return len(rows)
+    return grid.row_count
 
 
-def line(summary: Summary) -> str:
-    """A failed task in one line, without its id."""
-    return " ".join(_cells(summary)[1:])
+def _lines(rows: Iterable[tuple[str, ...]], file: TextIO) -> int:
+    count = 0
+    for count, cells in enumerate(rows, 1):
+        if count == 1:
+            print("\t".join(COLUMNS), file=file)
+        print("\t".join(cells), file=file)
+    return count
+
+
+def entry(summary: Summary) -> None:
+    """Print a failed task in one line, with its whole id."""
+    _print(" ".join((summary.id, *_cells(summary)[1:])))
 
 
 def detail(found: FailedTask, *, verbose: bool) -> None:
@@ -102,7 +122,7 @@ def detail(found: FailedTask, *, verbose: bool) -> None:
                 f"  failure {number}: {attempt['at']} {attempt['reason']} "
                 f"{attempt['exception']}: {attempt['message']} "
                 f"(worker {attempt['worker']}, pid {attempt['pid']}, "
-                f"after {attempt['runtime_s']} s)"
+                f"after {_seconds(attempt['runtime_s'])})"
             )
     if shown["traceback"]:
         _print("")
@@ -145,6 +165,12 @@ def documents(
         print(json.dumps(json.loads(dumps({"shown": shown}))["shown"], indent=2))
 
 
+def lines(found: Iterable[bytes]) -> None:
+    """Print lines of JSON, which has no control characters."""
+    for text in found:
+        print(text.decode())
+
+
 class Progress:
     """
     A bar on stderr, where that is a terminal.
@@ -175,7 +201,8 @@ class Progress:
 
 
 def _csv(found: Iterable[Mapping[str, Any]]) -> None:
-    writer: csv.DictWriter[str] | None = None
+    writer = csv.DictWriter(sys.stdout, fieldnames=FIELDS, lineterminator="\n")
+    writer.writeheader()
     for document in found:
         row = {
             name: _csv_cell(
@@ -185,11 +212,6 @@ def _csv(found: Iterable[Mapping[str, Any]]) -> None:
             )
             for name, value in document.items()
         }
-        if writer is None:
-            writer = csv.DictWriter(
-                sys.stdout, fieldnames=list(row), lineterminator="\n"
-            )
-            writer.writeheader()
         writer.writerow(row)
 
 
@@ -202,7 +224,7 @@ def _csv_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value, keep_newlines=True)
-    return f"'{text}" if text.startswith(FORMULA_SIGNS) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA_SIGNS) else text
 
 
 def _cells(summary: Summary) -> tuple[str, ...]:
@@ -221,6 +243,13 @@ def _cells(summary: Summary) -> tuple[str, ...]:
     )
 
 
+def _end_of(text: str, limit: int | None) -> str:
+    """The end of a task's name tells more than its beginning."""
+    if limit is None or len(text) <= limit:
+        return text
+    return f"…{text[1 - limit :]}"
+
+
 def _shortened(text: str) -> str:
     text = text[: MESSAGE_CHARS + 1]
     return text if len(text) <= MESSAGE_CHARS else f"{text[: MESSAGE_CHARS - 1]}…"
@@ -228,6 +257,10 @@ def _shortened(text: str) -> str:
 
 def _phase(found: FailedTask) -> str:
     return f" ({found.summary.phase})" if found.summary.phase else ""
+
+
+def _seconds(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:.3g} s"
 
 
 def _age(seconds: float) -> str:

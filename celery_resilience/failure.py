@@ -33,7 +33,7 @@ _LIBRARY_DIRS = tuple(
     )
 )
 
-_OUR_DIR = str(Path(__file__).parent.parent)
+_OUR_DIR = str(Path(__file__).parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +112,16 @@ def cut_traceback(text: str) -> str:
     )
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
+def _chain(exc: BaseException, seen: set[int] | None = None) -> Iterator[BaseException]:
+    """The exception, the members of a group, and their causes; each once."""
+    seen = set() if seen is None else seen
     current: BaseException | None = exc
     while current is not None and id(current) not in seen and len(seen) < MAX_CAUSES:
         seen.add(id(current))
         yield current
+        if isinstance(current, BaseExceptionGroup):
+            for member in current.exceptions:
+                yield from _chain(member, seen)
         if current.__cause__ is not None:
             current = current.__cause__
         else:
@@ -125,7 +129,7 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _in_app_functions(traceback: TracebackType | None, package: str) -> list[str]:
-    """The innermost in-app functions, recursion counted once."""
+    """The innermost in-app functions, outermost first, recursion counted once."""
     functions: list[str] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
@@ -133,11 +137,10 @@ def _in_app_functions(traceback: TracebackType | None, package: str) -> list[str
         if _is_in_app(code.co_filename) or (
             package and module.partition(".")[0] == package
         ):
-            name = f"{module}:{code.co_qualname}"
-            if not functions or functions[-1] != name:
-                functions.append(name)
+            functions.append(f"{module}:{code.co_qualname}")
         traceback = traceback.tb_next
-    return functions[-FINGERPRINT_FRAMES:]
+    innermost = list(dict.fromkeys(reversed(functions)))[:FINGERPRINT_FRAMES]
+    return innermost[::-1]
 
 
 @lru_cache(maxsize=2048)

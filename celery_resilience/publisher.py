@@ -3,7 +3,8 @@
 One connection, opened when first needed, apart from the consumer's: confirmed
 and mandatory on AMQP, and with a time limit on every wait. A channel that saw
 an error is thrown away, because the confirm of the failed publish could be
-taken for the next one's (``amqp/channel.py:1814``, amqp 5.4).
+taken for the next one's (``amqp/channel.py:1814``, amqp 5.4). What may have been
+stored is not sent again here: only the caller knows whether a second one does harm.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from kombu import Connection, Producer, Queue
 
-from celery_resilience._kombu import queue_arguments
-from celery_resilience.delivery.message import TRANSPORT_PROPERTIES, OriginalMessage
+from celery_resilience._kombu import is_closed, lost_connection_errors, queue_arguments
+from celery_resilience._kombu_redis import put_once, reuse_client
 from celery_resilience.errors import BrokerUnavailable, NoRoute, PublishRefused
+from celery_resilience.message import TRANSPORT_PROPERTIES, OriginalMessage
 
-logger = logging.getLogger("celery_resilience.delivery")
+logger = logging.getLogger("celery_resilience.publisher")
 
 #: Seconds that one publish may take before the broker counts as away.
 TIMEOUT_S = 5.0
@@ -57,14 +59,9 @@ class Publisher:
             BrokerUnavailable: No answer; the message may or may not be there.
         """
         with self._lock:
-            fresh = self._producer is None
-            try:
-                self._publish_once(message, declare)
-            except BrokerUnavailable:
-                if fresh:
-                    raise
-                # The connection may have died of idleness: once more on a new one.
-                self._publish_once(message, declare)
+            if self._connection is not None and is_closed(self._connection):
+                self._drop()  # it has died of idleness
+            self._publish_once(message, declare)
 
     def close(self) -> None:
         """Close the connection; the next publish opens another."""
@@ -77,7 +74,7 @@ class Publisher:
         except Exception as exc:
             connection = self._connection or self._app.connection_for_write()
             said = f"{connection.as_uri()}: {type(exc).__name__}: {exc}"
-            is_away = isinstance(exc, connection.connection_errors)
+            is_away = isinstance(exc, lost_connection_errors(connection))
             self._drop()
             if "NO_ROUTE" in str(exc):
                 raise NoRoute(
@@ -122,6 +119,7 @@ class Publisher:
             "confirm_publish": True,
             "socket_timeout": self._timeout_s,
             "socket_connect_timeout": self._timeout_s,
+            "retry_on_timeout": False,
             "read_timeout": self._timeout_s,
             "write_timeout": self._timeout_s,
         }
@@ -132,7 +130,10 @@ class Publisher:
         )
         try:
             connection.connect()
-            self._producer = Producer(connection.channel(), auto_declare=False)
+            channel = connection.channel()
+            reuse_client(channel)
+            put_once(channel)
+            self._producer = Producer(channel, auto_declare=False)
         except BaseException:
             connection.release()
             raise
@@ -168,7 +169,7 @@ def _accepted_options(app: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the app's transport knows; SQLAlchemy refuses others."""
     driver = app.connection_for_write().transport.driver_type
     names = {
-        "redis": {"socket_timeout", "socket_connect_timeout"},
+        "redis": {"socket_timeout", "socket_connect_timeout", "retry_on_timeout"},
         "amqp": {"confirm_publish", "read_timeout", "write_timeout"},
     }.get(driver, set())
     return {name: value for name, value in options.items() if name in names}

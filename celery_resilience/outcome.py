@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from celery_resilience.delivery.failure import Failure
+from celery_resilience.failure import Failure
 
 
 class Outcome(StrEnum):

@@ -10,13 +10,19 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
+from weakref import WeakSet
 
-from celery_resilience._celery import is_worker_stopping
+from celery_resilience._celery import (
+    has_yet_to_run,
+    is_worker_stopping,
+    requests_that_will_run,
+    running_requests,
+)
 from celery_resilience._kombu import queue_of
 from celery_resilience.delivery.facts import FactsChannel
-from celery_resilience.delivery.message import OriginalMessage, original_message
 from celery_resilience.delivery.outbox import Outbox
-from celery_resilience.delivery.outcome import Outcome, Settlement
+from celery_resilience.message import OriginalMessage, original_message, text_of
+from celery_resilience.outcome import Outcome, Settlement
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -53,7 +59,9 @@ class Keeps(Protocol):
 class JudgesCrashes(Protocol):
     """What bounds crashes: the room `crashes`."""
 
-    def judge(self, marks: Mapping[str, Any], max_crashes: int | None) -> Verdict: ...
+    def judge(
+        self, marks: Mapping[str, Any], max_crashes: int | None, runs_before: int = 0
+    ) -> Verdict: ...
 
     def describe(self) -> str:
         """Memory and host, for the record of a lost worker."""
@@ -67,6 +75,8 @@ class Admits(Protocol):
 
     def left(self, request: Any) -> None: ...
 
+    def waiting(self) -> set[Any]: ...
+
     def clear(self) -> None: ...
 
 
@@ -77,7 +87,7 @@ class Deliveries:
     Attributes:
         counts: Settlements by outcome since the worker started.
         received: Deliveries since the worker started.
-        held: Requests that ended but wait for the outbox before their ack.
+        held: Messages that are dealt with but wait for the outbox before their ack.
     """
 
     def __init__(
@@ -101,7 +111,8 @@ class Deliveries:
         self.received = 0
         self.held: set[Any] = set()
         self._open: dict[int, Any] = {}
-        self._queues: dict[tuple[Any, ...], str] = {}
+        self._kept: WeakSet[Any] = WeakSet()
+        self._queues: dict[tuple[str, ...], str] = {}
 
     def opened(self, request: Any) -> None:
         """A delivery has arrived."""
@@ -120,12 +131,31 @@ class Deliveries:
         The broker delivers it again, here or elsewhere.
 
         Args:
-            keep: The requests that the pool runs all the same.
+            keep: The requests that the pool runs all the same. What waits at the
+                gate is none of them, though Celery counts it so.
         """
+        keep = keep - self.gate.waiting()
         self.gate.clear()
+        self._kept = WeakSet(keep)
         for request in list(self._open.values()):
             if request not in keep:
                 request.dropped()
+
+    def given_back(self) -> None:
+        """The connection is lost: the broker delivers what is unacknowledged again."""
+        for request in list(self._open.values()):
+            request.is_given_back = True
+        self.held.clear()
+        self.outbox.given_back()
+
+    def will_run(self, consumer: Any) -> set[Any]:
+        """The requests that run, or will, though the connection is lost."""
+        given = requests_that_will_run(consumer) | self.kept()
+        return given - self.gate.waiting()
+
+    def kept(self) -> set[Any]:
+        """The requests that the pool still has since the last lost connection."""
+        return running_requests() | set(filter(has_yet_to_run, list(self._kept)))
 
     @property
     def is_stopping(self) -> bool:
@@ -140,7 +170,8 @@ class Deliveries:
     def queue_of(self, message: Any) -> str:
         """The queue that a kombu message was taken from."""
         info = message.delivery_info or {}
-        key = (info.get("consumer_tag"), info.get("exchange"), info.get("routing_key"))
+        parts = (info.get(p) for p in ("consumer_tag", "exchange", "routing_key"))
+        key = tuple(map(text_of, parts))
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = queue_of(self.consumer, message)

@@ -1,0 +1,135 @@
+"""A settlement, and the failure in it, from what a request knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
+
+from celery_resilience import _celery
+from celery_resilience.failure import (
+    MAX_MESSAGE_CHARS,
+    Failure,
+    cut_traceback,
+    describe,
+    failure_of,
+    fingerprint_of,
+    type_name,
+)
+from celery_resilience.message import id_text
+from celery_resilience.outcome import Outcome, Settlement
+from celery_resilience.redaction import (
+    ShownArguments,
+    mask,
+    safe_text,
+    show_arguments,
+)
+
+
+def settlement_of(
+    request: Any,
+    outcome: Outcome,
+    reason: str | None,
+    failure: Failure | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Settlement:
+    """
+    How a delivery ended, with its arguments where it failed.
+
+    Args:
+        request: The delivery's `ResilientRequest`.
+        outcome, reason, failure: What was decided.
+        facts: What the child sent.
+    """
+    shown = ShownArguments("", "")
+    embedded: Mapping[str, Any] = {}
+    if failure is not None:
+        shown, embedded = _shown_arguments(request), _embedded(request.message)
+        failure = Failure(
+            failure.exception,
+            mask(failure.message, shown.secrets),
+            failure.fingerprint,
+            mask(failure.traceback, shown.secrets),
+        )
+    started, chain = request.time_start, embedded.get("chain")
+    return Settlement(
+        outcome=outcome,
+        reason=reason,
+        task=request._type,
+        task_id=id_text(request.id),
+        queue=request.deliveries.queue_of(request.message),
+        worker=request.deliveries.worker,
+        attempt=(request._request_dict.get("retries") or 0) + 1,
+        root_id=id_text(request._root_id) or None,
+        parent_id=id_text(request._parent_id) or None,
+        pid=request.worker_pid,
+        run_s=None if started is None else max(0.0, time.time() - started),
+        failure=failure,
+        args=shown.args,
+        kwargs=shown.kwargs,
+        arguments=shown.named,
+        in_chord=bool(embedded.get("chord")),
+        chain_length=len(chain) if isinstance(chain, list | tuple) else 0,
+        marks=request.marks,
+        facts=facts or {},
+    )
+
+
+def failure_of_run(
+    request: Any, exc: BaseException, exc_info: ExceptionInfo, facts: dict[str, Any]
+) -> Failure:
+    """
+    What went wrong in a run.
+
+    Args:
+        request: The delivery's `ResilientRequest`.
+        exc: What the pool handed over, which may stand for another exception.
+        exc_info: The same with its traceback.
+        facts: What the child sent, which knows the true one.
+    """
+    traceback = cut_traceback(exc_info.traceback or "")
+    if "fingerprint" in facts:
+        return failure_of(facts, traceback)
+    kind = type_name(type(exc))
+    if isinstance(exc, WorkerLostError):
+        died_of = str(exc).partition(" Job:")[0]
+        message = f"{died_of} {request.deliveries.crashes.describe()}"
+        cause = fingerprint_of("worker_lost", request._type, died_of)
+    elif isinstance(exc, TimeLimitExceeded):
+        message = f"the run passed its hard time limit of {exc.args[0]} s"
+        cause = fingerprint_of("hard_time_limit", request._type)
+    elif isinstance(exc, Reject):
+        why: Any = exc.args[0]
+        kind = type_name(type(why) if isinstance(why, Exception) else Reject)
+        message = safe_text(why, MAX_MESSAGE_CHARS)
+        cause = fingerprint_of("rejected", request._type, kind)
+    else:
+        described = describe(exc)
+        described["exception"] = _celery.wrapped_type(exc) or described["exception"]
+        return failure_of(described, traceback)
+    return Failure(kind, message, cause, traceback)
+
+
+def plain_failure(exception: str, message: str, task: str) -> Failure:
+    """A failure of a message that never ran."""
+    return Failure(exception, message, fingerprint_of(exception, task))
+
+
+def _embedded(message: Any) -> Mapping[str, Any]:
+    """Links, chain and chord of the call (protocol 2: ``app/amqp.py``)."""
+    payload = message.payload
+    if isinstance(payload, list | tuple) and len(payload) == 3:
+        payload = payload[2]
+    return payload if isinstance(payload, Mapping) else {}
+
+
+def _shown_arguments(request: Any) -> ShownArguments:
+    return show_arguments(
+        request._args,
+        request._kwargs,
+        parameters=request.task.parameter_names,
+        hidden=request.task.hidden_names,
+    )

@@ -1,0 +1,1 @@
+"""celery-resilience in a Django project: an app for INSTALLED_APPS."""

@@ -1,0 +1,146 @@
+"""The verb that sends failed tasks again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery_resilience.errors import BrokerUnavailable, ConfigurationError
+from celery_resilience.failed.console import show
+from celery_resilience.failed.console.words import (
+    REFUSED,
+    SOME_FAILED,
+    Operator,
+    Words,
+    chosen,
+    is_agreed,
+)
+from celery_resilience.failed.filters import Filter, parse_state
+from celery_resilience.failed.pages import pages
+from celery_resilience.failed.record import State
+from celery_resilience.failed.replay import ReplayReport
+
+#: Seconds between two looks at replays that --wait waits for.
+LOOK_S = 0.5
+
+#: Ids in one look at the store.
+PAGE = 500
+
+
+def replay(failed: Operator, words: Words) -> int:
+    """Send failed tasks again, and wait for them where that is asked for."""
+    if parse_state(words["state"], State.UNRESOLVED) is not State.UNRESOLVED:
+        raise ConfigurationError(
+            "only unresolved failed tasks are replayed: `failed reopen` makes "
+            "discarded ones unresolved again"
+        )
+    ids, code = chosen(failed, words, State.UNRESOLVED)
+    if words["dry_run"]:
+        _dry_run(failed, ids, words)
+        return code
+    if not is_agreed("replay", failed, ids, words):
+        return REFUSED
+    report = _send(failed, ids, words)
+    waited: dict[str, int] = {}
+    try:
+        if words["wait"] and report.sent:
+            show.say(f"waiting for {len(report.sent)} replays; Ctrl-C ends the waiting")
+            waited = _wait(failed, report.sent)
+    finally:
+        _tell(report, waited, words)
+    if report.failed or report.skipped or waited.get(State.UNRESOLVED):
+        return SOME_FAILED
+    return code
+
+
+def _send(failed: Operator, ids: Sequence[str], words: Words) -> ReplayReport:
+    report = ReplayReport()
+    progress = show.Progress("replaying", len(ids))
+    try:
+        with progress:
+            return failed.tasks.replay(
+                ids,
+                to_queue=words["to_queue"],
+                new_id=words["new_id"],
+                report=report,
+                on_progress=lambda r: progress.update(
+                    len(r.sent) + len(r.failed) + len(r.skipped)
+                ),
+            )
+    except (BrokerUnavailable, KeyboardInterrupt):
+        for id in report.in_doubt:
+            show.say(
+                f"{id[:8]} may have been sent: whoever collects a minute later sends it "
+                f"again, which runs once; `failed reopen {id[:8]}` gives it up"
+            )
+        _tell(report, {}, words)
+        raise
+
+
+def _tell(report: ReplayReport, waited: Mapping[str, int], words: Words) -> None:
+    for id in report.skipped:
+        show.say(f"{id[:8]} is not unresolved: skipped")
+    for id, why in report.failed.items():
+        show.say(f"{id[:8]} was not sent: {why}")
+    if report.in_chord:
+        show.say(show.CHORDS.format(count=report.in_chord))
+    if words["output"] == "json":
+        result: dict[str, Any] = {
+            "schema": 1,
+            "operation_id": report.operation_id,
+            "sent": report.sent,
+            "failed": report.failed,
+            "skipped": report.skipped,
+        }
+        if report.in_doubt:
+            result["in_doubt"] = report.in_doubt
+        if waited:
+            result["ended"] = waited
+        show.documents([result], "json", one=True)
+        return
+    show.say(
+        f"{len(report.sent)} sent, {len(report.failed)} refused, "
+        f"{len(report.skipped)} skipped"
+    )
+    if waited:
+        show.say(", ".join(f"{n} {state}" for state, n in waited.items()))
+
+
+def _dry_run(failed: Operator, ids: Sequence[str], words: Words) -> None:
+    app, would_send, skipped, unknown, chords = failed.app, [], [], 0, 0
+    for found in failed.store.get_many(ids):
+        if found.summary.state is not State.UNRESOLVED:
+            skipped.append(found.id)
+            show.say(f"{found.id[:8]} is {found.summary.state}: it would be skipped")
+            continue
+        would_send.append(found.id)
+        unknown += found.summary.task not in app.tasks
+        chords += bool(found.document["in_chord"])
+        if words["output"] != "json":
+            show.entry(found.summary)
+    if words["output"] == "json":
+        result = {"schema": 1, "would_send": would_send, "skipped": skipped}
+        show.documents([result], "json", one=True)
+    show.say(f"{len(would_send)} would be sent")
+    if unknown:
+        show.say(f"{unknown} of them are tasks that this app does not know")
+    if chords:
+        show.say(show.CHORDS.format(count=chords))
+
+
+def _wait(failed: Operator, ids: Sequence[str]) -> dict[str, int]:
+    """Wait until every replay has ended, and count how."""
+    waiting, ended = set(ids), dict.fromkeys(map(str, State), 0)
+    while waiting:
+        failed.tasks.collect()
+        for page in pages(sorted(waiting), PAGE):
+            waiting.difference_update(page)
+            for found in failed.store.list(Filter(state=None, ids=tuple(page))):
+                if found.state is State.REPLAYING:
+                    waiting.add(found.id)
+                else:
+                    ended[found.state] += 1
+        if waiting:
+            time.sleep(LOOK_S)
+    return {state: count for state, count in ended.items() if count}

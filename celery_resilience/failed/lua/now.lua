@@ -1,0 +1,2 @@
+-- The wall time of Redis, in seconds.
+return as_text(now())

@@ -1,0 +1,221 @@
+"""The client for Redis, and the scripts that rooms run on it.
+
+All keys of an app share one hash tag, so that they are in one slot of a cluster
+and one script may use them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from threading import Lock
+from typing import Any
+
+from celery_resilience.errors import MissingExtra, SchemaMismatch, StoreUnavailable
+from celery_resilience.redaction import without_password
+
+logger = logging.getLogger("celery_resilience.stores")
+
+CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 30
+
+#: Idle for longer, a connection is tried before it is used.
+HEALTH_CHECK_S = 30
+
+
+class RedisServer:
+    """
+    One server or cluster, used from any process: each opens its own connections.
+
+    Args:
+        url: `redis://`, `rediss://`, `redis+socket://` as kombu has it, or
+            `redis+cluster://`.
+        namespace: The app's; several share a server.
+        tls: Keywords of redis-py's connection, such as `ssl_ca_certs`.
+    """
+
+    def __init__(
+        self, url: str, namespace: str, *, tls: Mapping[str, Any] | None = None
+    ) -> None:
+        self._url = url
+        self._tls = dict(tls or {})
+        self._tag = f"{{celery-resilience:{namespace}}}"
+        self._client: Any = None
+        self._scripts: dict[tuple[str, str], Any] = {}
+        self._ready: set[str] = set()
+        self._pid = os.getpid()
+        self._lock = Lock()
+
+    def ready(self, room: str, version: int) -> None:
+        """
+        Make sure that the keys of *room* are of *version*.
+
+        Raises:
+            SchemaMismatch: They are of another version.
+            StoreUnavailable: Redis did not answer.
+        """
+        self._own_process()
+        if room in self._ready:
+            return
+        with self.client() as client:
+            client.set(self._schema_key(room), version, nx=True)
+            found = int(client.get(self._schema_key(room)))
+            self._warn_of_eviction(client)
+        if found != version:
+            raise SchemaMismatch(
+                f"the keys of {room!r} in {self._shown()} are of version {found}, this "
+                f"release of celery-resilience knows version {version}: "
+                + ("upgrade celery-resilience here" if found > version else "upgrade")
+            )
+        self._ready.add(room)
+
+    def write(self, room: str, version: int) -> None:
+        """
+        Write what is there already.
+
+        Raises:
+            StoreUnavailable: Redis takes nothing: it is away, full or a replica.
+        """
+        with self.client() as client:
+            client.set(self._schema_key(room), version, xx=True)
+
+    def _schema_key(self, room: str) -> str:
+        return f"{self._tag}:schema:{room}"
+
+    def prefix(self, room: str) -> str:
+        """How the keys of *room* begin."""
+        return f"{self._tag}:{room}:"
+
+    def run(self, room: str, script: str, *words: Any) -> Any:
+        """
+        Run a script of a room.
+
+        Args:
+            room: The package whose folder `lua` has the script.
+            script: Its name without the ending.
+            words: Its arguments; the prefix of the room's keys is its only key.
+        """
+        with self.client() as client:
+            found = self._scripts.get((room, script))
+            if found is None:
+                found = client.register_script(_source(room, script))
+                self._scripts[room, script] = found
+            return found(keys=[self.prefix(room)], args=words)
+
+    def read(self, keys: Sequence[str], names: Sequence[str]) -> list[list[Any]]:
+        """The fields *names* of the hashes *keys*, in one round trip."""
+        if not keys:
+            return []
+        with self.client() as client, client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hmget(key, names)
+            found: list[list[Any]] = pipe.execute()
+            return found
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Any]:
+        """
+        This process's client.
+
+        Raises:
+            StoreUnavailable: Redis did not answer, or refused.
+        """
+        client = self._open()
+        from redis.exceptions import RedisError
+
+        try:
+            yield client
+        except (RedisError, OSError) as exc:
+            raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
+
+    def close(self) -> None:
+        """Close this process's connections."""
+        if self._client is not None and self._pid == os.getpid():
+            self._client.close()
+            self._client = None
+            self._scripts = {}
+
+    def _own_process(self) -> None:
+        """A forked child never uses its parent's connections."""
+        if self._pid != os.getpid():
+            # The parent's lock may have been held as it forked.
+            self._lock = Lock()
+            self._client = None
+            self._scripts = {}
+            self._ready = set()
+            self._pid = os.getpid()
+
+    def load(self) -> None:
+        """
+        Make the client, which connects when it is used.
+
+        Raises:
+            MissingExtra: redis-py is not installed.
+        """
+        if self._url.partition("://")[0] != "redis+cluster":  # that one asks at once
+            self._open()
+
+    def _open(self) -> Any:
+        self._own_process()
+        with self._lock:
+            if self._client is None:
+                self._client = self._make_client()
+            return self._client
+
+    def _make_client(self) -> Any:
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ModuleNotFoundError as exc:
+            raise MissingExtra.of("redis", "redis", self._shown()) from exc
+        options: dict[str, Any] = {
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_timeout": ANSWER_TIMEOUT_S,
+            "health_check_interval": HEALTH_CHECK_S,
+            **self._tls,
+        }
+        kind, _, rest = self._url.partition("://")
+        # As Celery spells it; redis-py knows "required".
+        rest = re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda m: m[0][5:].lower(), rest)
+        try:
+            if kind == "redis+cluster":
+                return redis.RedisCluster.from_url(f"redis://{rest}", **options)
+            # A command whose answer was lost may have been done: it is not repeated.
+            options["retry"] = Retry(NoBackoff(), 0)
+            if kind == "redis+socket":
+                path = rest.replace("virtual_host=", "db=")
+                return redis.Redis.from_url(f"unix://{path}", **options)
+            return redis.Redis.from_url(f"{kind}://{rest}", **options)
+        except (redis.RedisError, OSError) as exc:
+            raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
+
+    def _warn_of_eviction(self, client: Any) -> None:
+        from redis.exceptions import RedisError
+
+        try:
+            memory = client.info("memory")
+        except RedisError:
+            return  # not allowed to ask
+        policy = str(memory.get("maxmemory_policy", ""))
+        if memory.get("maxmemory") and policy.startswith("allkeys"):
+            logger.warning(
+                "%s evicts keys when its memory is full (maxmemory-policy %s), and "
+                "failed tasks with them: set maxmemory-policy to noeviction",
+                self._shown(),
+                policy,
+            )
+
+    def _shown(self) -> str:
+        return without_password(self._url)
+
+
+def _source(room: str, script: str) -> str:
+    folder = files(f"celery_resilience.{room}") / "lua"
+    common = folder / "common.lua"
+    begin = common.read_text() if common.is_file() else ""
+    return begin + (folder / f"{script}.lua").read_text()
