@@ -1,0 +1,1 @@
+"""One small shop that has the same bad day twice: with plain Celery, then resilient."""

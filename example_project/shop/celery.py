@@ -1,0 +1,22 @@
+"""The shop's Celery app: `celery -A example_project.shop …`."""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+from django.conf import settings
+
+from celery_resilience import Resilience
+from example_project.shop import pulse
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example_project.shop.settings")
+
+app = Celery("shop")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+
+if settings.SHOP_IS_RESILIENT:
+    Resilience(app)
+if settings.SHOP_PULSE:
+    pulse.keep(settings.SHOP_PULSE)
