@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -16,6 +18,9 @@ sys.path[:0] = [str(HERE), str(HERE / "apps")]
 
 from fleet_runner import Fleet
 from services import SERVICES, Missing, Service
+
+# A shell that runs tests in the background lets all that they start ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Brokers that the fleets run on, with the server of each.
 BROKERS = {
@@ -67,9 +72,6 @@ def own_server() -> Iterator[Callable[[str], Service]]:
         yield get
 
 
-_numbers = iter(range(1_000_000))
-
-
 def conf_for(
     broker: str, folder: Path, server: Service | None, **more: Any
 ) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def conf_for(
         server: The broker's server.
         more: Other settings, which win.
     """
-    name = f"fleet{os.getpid()}x{next(_numbers)}"
+    name = f"fleet{uuid4().hex[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     conf: dict[str, Any] = {
         "task_default_queue": name,
@@ -114,6 +116,7 @@ def conf_for(
             broker_url=server.url,
             broker_transport_options={"global_keyprefix": f"{name}:"},
             result_backend=server.url[:-1] + "1",
+            resilience_store_url=None,  # the broker
         )
     else:
         assert server is not None
@@ -140,7 +143,7 @@ FleetMaker = Callable[..., Fleet]
 def make_fleet(
     servers: Callable[[str], Service], tmp_path: Path
 ) -> Iterator[FleetMaker]:
-    """Makes fleets: `make_fleet("redis", is_plain=True, task_acks_late=True)`."""
+    """Makes fleets: `make_fleet("redis", store="mariadb", task_acks_late=True)`."""
     with contextlib.ExitStack() as stack:
         count = iter(range(1000))
 
@@ -149,8 +152,11 @@ def make_fleet(
             *,
             is_plain: bool = False,
             server: Service | None = None,
+            store: str = "sqlite",
             **more: Any,
         ) -> Fleet:
+            if store != "sqlite":
+                more["resilience_store_url"] = servers(store).url
             name = BROKERS[broker]
             if server is None and name is not None:
                 server = servers(name)

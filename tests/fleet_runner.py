@@ -108,11 +108,35 @@ class Fleet:
             **options,
         )
 
+    @contextlib.contextmanager
+    def start_commands(
+        self, *commands: tuple[str, ...]
+    ) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """Run several `celery -A fleet_worker …` at once."""
+        processes = [
+            subprocess.Popen(
+                [*CELERY, "-A", "fleet_worker", *words],
+                cwd=self.folder,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for words in commands
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a process that uses the app."""
         return {
             **os.environ,
-            "PYTHONPATH": f"{APPS}:{self.folder}",
+            # A test may put an app of its own into the folder.
+            "PYTHONPATH": f"{self.folder}:{APPS}",
             "PYTHONUNBUFFERED": "1",
             "C_FORCE_ROOT": "1",
             "FLEET_CONF": json.dumps(self.conf),
@@ -178,7 +202,7 @@ class Worker:
                 within_s=60,
                 what=f"{self.name} is ready",
             )
-            assert self.is_alive, self.text
+            assert self.text.count("ready.") > before, self.text
 
     @property
     def pid(self) -> int:
@@ -236,7 +260,12 @@ class Worker:
 
 def sabotage_environment(kill_at: str) -> dict[str, str]:
     """Let a process die at one point; see `apps/sabotage.py`."""
-    return {"FLEET_SABOTAGE": "sabotage", "FLEET_KILL_AT": kill_at} if kill_at else {}
+    return {
+        "FLEET_SABOTAGE": "sabotage",
+        "FLEET_KILL_AT": kill_at,
+        # Claims of a killed command are sent by others sooner than in a minute.
+        "FLEET_STALE_S": "2",
+    }
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Service:
         image: The container image, and the port inside it.
         programs: Programs, by name, that must be found.
         folders: Where they may be besides PATH; globs.
+        gently: The signal that ends it without waiting for its clients.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Service:
     image: tuple[str, int]
     programs: Sequence[str]
     folders: Sequence[str] = ()
+    gently: signal.Signals = signal.SIGTERM
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -79,6 +81,10 @@ class Service:
     def container_environment(self) -> dict[str, str]:
         """Variables for the container."""
         return {}
+
+    def container_command(self) -> Sequence[str]:
+        """The container's command, where it is not the image's own."""
+        return ()
 
     def prepare(self) -> None:
         """Make the data folder; called once."""
@@ -149,7 +155,7 @@ class Service:
 
     def stop(self) -> None:
         """Stop it gently."""
-        self._end(signal.SIGTERM)
+        self._end(self.gently)
 
     def kill(self) -> None:
         """Kill it with what it was doing."""
@@ -158,6 +164,17 @@ class Service:
     def freeze(self) -> None:
         """Let it keep its connections and answer nothing."""
         self._signal(signal.SIGSTOP)
+        wait_for(self._is_frozen, STOP_TIMEOUT_S, f"{self.name} stands still")
+
+    def _is_frozen(self) -> bool:
+        """Each thread stops by itself, after the signal; Linux tells of each."""
+        groups = {str(process.pid) for process in self.processes}
+        return all(
+            state in "TtZX"
+            for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat")
+            for state, _, group in [_state_of(path)]
+            if group in groups
+        )
 
     def thaw(self) -> None:
         """Undo `freeze`."""
@@ -166,7 +183,7 @@ class Service:
     def remove(self) -> None:
         """Stop it and remove its data."""
         self.thaw()
-        self._end(signal.SIGTERM)
+        self._end(self.gently)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _own_folder(self) -> None:
@@ -220,6 +237,7 @@ class Service:
             f"--publish=127.0.0.1:{self.port}:{port}",
             *variables,
             image,
+            *self.container_command(),
         ).strip()
 
 
@@ -254,6 +272,50 @@ class Redis(Service):
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+
+class RedisCluster(Redis):
+    """A cluster of one Redis, which has every slot."""
+
+    name = "redis-cluster"
+
+    def command(self) -> Sequence[str]:
+        return [*super().command(), *self._cluster_options()]
+
+    def container_command(self) -> Sequence[str]:
+        return ["redis-server", *self._cluster_options()]
+
+    def is_ready(self) -> bool:
+        return super().is_ready() and b"cluster_state:ok" in self._ask(
+            "CLUSTER ADDSLOTSRANGE 0 16383\r\nCLUSTER INFO\r\n"
+        )
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://127.0.0.1:{self.port}/0"
+
+    def _cluster_options(self) -> Sequence[str]:
+        return [
+            *("--cluster-enabled", "yes", "--cluster-port", str(self._bus_port)),
+            *("--cluster-announce-ip", "127.0.0.1"),
+            *("--cluster-announce-port", str(self.port)),
+        ]
+
+    @functools.cached_property
+    def _bus_port(self) -> int:
+        return free_port()
+
+    def _ask(self, words: str) -> bytes:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.sendall(words.encode())
+            answer = b""
+            while b"cluster_stats" not in answer and (more := sock.recv(4_096)):
+                answer += more
+            return answer
+        return b""
 
 
 class RabbitMQ(Service):
@@ -326,6 +388,7 @@ class PostgreSQL(Service):
     image = ("postgres:16-alpine", 5432)
     programs = ("postgres", "initdb")
     folders = ("/usr/lib/postgresql/*/bin",)
+    gently = signal.SIGINT  # SIGTERM waits for clients to leave
 
     def user(self) -> str | None:
         if os.geteuid() != 0:
@@ -380,8 +443,89 @@ class PostgreSQL(Service):
         return f"postgresql+psycopg://shop@127.0.0.1:{self.port}/postgres"
 
 
+class MariaDB(Service):
+    """
+    MariaDB with one database and no password.
+
+    Its defaults are the laxest there are, so that what holds here is what our own
+    sessions ask for: no strict mode, Latin-1, another time zone than UTC.
+    """
+
+    name = "mariadb"
+    package = "mariadb-server"
+    image = ("mariadb:10.11", 3306)
+    programs = ("mariadbd", "mariadb-install-db")
+    folders = ("/usr/sbin", "/usr/bin")
+    lax = (
+        "--sql-mode=",
+        "--character-set-server=latin1",
+        "--default-time-zone=+05:00",
+        "--max-allowed-packet=4M",
+    )
+
+    def user(self) -> str | None:
+        if os.geteuid() != 0:
+            return None
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam("mysql").pw_name
+        return "nobody"
+
+    def prepare(self) -> None:
+        subprocess.run(
+            [
+                str(self.program("mariadb-install-db")),
+                "--no-defaults",
+                f"--datadir={self.folder}/data",
+                "--auth-root-authentication-method=normal",
+                "--skip-name-resolve",
+                "--innodb-log-file-size=8M",
+                "--innodb-buffer-pool-size=8M",
+                "--innodb-flush-method=nosync",
+            ],
+            check=True,
+            capture_output=True,
+            user=self.user(),
+            cwd=self.folder,
+        )
+
+    def command(self) -> Sequence[str]:
+        return [
+            str(self.program("mariadbd")),
+            "--no-defaults",
+            f"--datadir={self.folder}/data",
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={self.folder}/socket",
+            f"--pid-file={self.folder}/pid",
+            "--skip-name-resolve",
+            "--innodb-buffer-pool-size=32M",
+            # Written at each commit, which outlives a kill of the process.
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-fast-shutdown=2",
+            *self.lax,
+        ]
+
+    def container_environment(self) -> dict[str, str]:
+        return {"MARIADB_ALLOW_EMPTY_ROOT_PASSWORD": "1", "MARIADB_DATABASE": "test"}
+
+    def is_ready(self) -> bool:
+        # One that is ready greets with protocol 10.
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.settimeout(2)
+            return sock.recv(5)[4:] == b"\x0a"
+        return False
+
+    @property
+    def url(self) -> str:
+        return f"mysql+pymysql://root@127.0.0.1:{self.port}/test"
+
+
 SERVICES: dict[str, type[Service]] = {
-    service.name: service for service in (Redis, RabbitMQ, PostgreSQL)
+    service.name: service
+    for service in (Redis, RedisCluster, RabbitMQ, PostgreSQL, MariaDB)
 }
 
 
@@ -400,6 +544,13 @@ def running(name: str) -> Iterator[Service]:
         yield service
     finally:
         service.remove()
+
+
+def _state_of(stat: Path) -> list[str]:
+    """State, parent and process group of a thread (proc(5))."""
+    with contextlib.suppress(OSError):
+        return stat.read_text().rpartition(")")[2].split()[:3]
+    return ["X", "", ""]  # it has ended
 
 
 def wait_for(holds: Callable[[], bool], within_s: float, what: str) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy.engine import make_url
 
 
 class Proxy:
@@ -19,6 +23,9 @@ class Proxy:
         self._target = target
         self._sockets: set[socket.socket] = set()
         self._is_refusing = False
+        self._last_words = b""
+        self._needle = b""
+        self._unanswered: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept_all, daemon=True).start()
@@ -29,6 +36,10 @@ class Proxy:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def refuse_at(self, words: bytes) -> None:
+        """Break every connection when *words* come by, as `refuse` does."""
+        self._last_words = words
+
     def refuse(self) -> None:
         """Break every connection, and every new one at once."""
         self._is_refusing = True
@@ -37,6 +48,15 @@ class Proxy:
     def accept(self) -> None:
         """Undo `refuse`."""
         self._is_refusing = False
+
+    def cut_answer_to(self, needle: bytes) -> None:
+        """Forward the next data that holds *needle*, and cut in place of the answer."""
+        self._needle = needle
+
+    @property
+    def has_cut_answer(self) -> bool:
+        """Whether what was asked for by `cut_answer_to` has happened."""
+        return not self._needle
 
     def close(self) -> None:
         """End it."""
@@ -65,10 +85,37 @@ class Proxy:
 
     def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
+            seen = b""
             while data := source.recv(65_536):
+                if self._last_words and self._last_words in data:
+                    self._last_words = b""
+                    self.refuse()
+                    break
+                if source in self._unanswered:
+                    break
+                seen = (seen + data)[-65_536:]
+                if self._needle and self._needle in seen:
+                    self._needle = b""
+                    self._unanswered.add(sink)
                 sink.sendall(data)
         for sock in (source, sink):
             self._sockets.discard(sock)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+
+
+@contextlib.contextmanager
+def proxy_to(server: Any) -> Iterator[Proxy]:
+    """A proxy to a server of the tests, for the length of a block."""
+    proxy = Proxy(server.port)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def url_through(proxy: Proxy, url: str) -> str:
+    """The URL of the same server through its proxy."""
+    there = make_url(url).set(host="127.0.0.1", port=proxy.port)
+    return there.render_as_string(hide_password=False)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
+from kombu import Exchange, Queue
 
 from celery_resilience import Resilience, ResilientTask, Skip, Snooze
 
@@ -45,11 +46,18 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     An app with the tasks below.
 
     Args:
-        conf: Celery's and our settings.
+        conf: Celery's and our settings; and `fleet_queues`, the arguments of
+            queues by their names, each bound to a topic exchange of its name.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
-    app.conf.update(conf)
+    app.conf.update({k: v for k, v in conf.items() if k != "fleet_queues"})
+    queues: dict[str, dict[str, Any]] = conf.get("fleet_queues", {})
+    if queues:
+        app.conf.task_queues = [
+            Queue(name, Exchange(name, type="topic"), name, queue_arguments=arguments)
+            for name, arguments in queues.items()
+        ]
     base: Any = Task if is_plain else ResilientTask
     if not is_plain:
         Resilience(app)
@@ -97,6 +105,21 @@ def _register(app: Celery, base: Any) -> None:
         note("effect", self.request.id)
         return value
 
+    # Untold: a ledger's line is JSON, which knows no UUID.
+    @task(name="boom_unless_untold")
+    def boom_unless_untold(self: Any, path: str) -> None:
+        if not Path(path).exists():
+            raise ValueError("not yet")
+
+    @task(name="busy_untold")
+    def busy_untold(self: Any, run: str, end: str) -> None:
+        Path(run).touch()
+        _busy(60, end)
+
+    @task(name="skipped_untold")
+    def skipped_untold(self: Any) -> None:
+        raise Skip("nothing to do")
+
     @task(name="unpicklable")
     def unpicklable(self: Any) -> None:
         started(self)
@@ -136,6 +159,26 @@ def _register(app: Celery, base: Any) -> None:
     def unheard(self: Any) -> None:
         started(self)
         raise Unheard("of")
+
+    @signals.task_postrun.connect(weak=False)
+    def slow_to_end(sender: Any = None, task_id: str = "", **_: Any) -> None:
+        if sender.app is app and sender.name.startswith("slow_to_end"):
+            note("ending", task_id)
+            _busy(60)
+
+    @task(name="slow_to_end")
+    def slow_to_end_early(self: Any) -> None:
+        started(self)
+
+    @task(name="slow_to_end_limited", time_limit=1)
+    def slow_to_end_limited(self: Any) -> None:
+        started(self)
+
+    @task(name="killed_if", acks_late=True)
+    def killed_if(self: Any, path: str) -> None:
+        started(self)
+        if Path(path).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
 
     @task(name="hard_limit", time_limit=1)
     def hard_limit(self: Any) -> None:
@@ -187,6 +230,15 @@ def _register(app: Celery, base: Any) -> None:
         _busy(seconds)
         note("slept", self.request.id)
 
+    @task(name="killed_when", acks_late=True)
+    def killed_when(self: Any, path: str) -> None:
+        started(self)
+        if not Path(f"{path}.once").exists():
+            _busy(60, path)
+            Path(f"{path}.once").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("slept", self.request.id)
+
     @task(name="exits_late", acks_late=True, reject_on_worker_lost=True)
     def exits_late(self: Any) -> None:
         started(self)
@@ -203,6 +255,13 @@ def _register(app: Celery, base: Any) -> None:
         os.kill(int(Path(main_pid_file).read_text()), signal.SIGKILL)
         _busy(60)
 
+    @task(name="requeued_until", acks_late=True)
+    def requeued_until(self: Any, path: str) -> str:
+        started(self)
+        if not Path(path).exists():
+            raise Reject("not yet", requeue=True)
+        return "done"
+
     @task(name="ignored")
     def ignored(self: Any) -> None:
         started(self)
@@ -212,6 +271,20 @@ def _register(app: Celery, base: Any) -> None:
     def rejected(self: Any) -> None:
         started(self)
         raise Reject("not for me", requeue=False)
+
+    @task(name="rejected_unless", acks_late=True)
+    def rejected_unless(self: Any, path: str) -> None:
+        started(self)
+        if not Path(path).exists():
+            raise Reject("not yet", requeue=False)
+        note("effect", self.request.id)
+
+    @task(name="killed_unless", acks_late=True, reject_on_worker_lost=True)
+    def killed_unless(self: Any, path: str) -> None:
+        started(self)
+        if not Path(path).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("effect", self.request.id)
 
     @task(name="requeued_once", acks_late=True)
     def requeued_once(self: Any, path: str) -> str:
@@ -226,12 +299,44 @@ def _register(app: Celery, base: Any) -> None:
         started(self)
         raise Skip("nothing to do", result=42)
 
+    @task(
+        name="skipped_with_autoretry",
+        autoretry_for=(Exception,),
+        max_retries=2,
+        retry_backoff=False,
+        default_retry_delay=0,
+    )
+    def skipped_with_autoretry(self: Any) -> None:
+        started(self)
+        raise Skip("nothing to do", result=42)
+
+    @task(
+        name="snoozed_with_autoretry",
+        acks_late=True,
+        autoretry_for=(Exception,),
+        max_retries=0,
+        retry_backoff=False,
+    )
+    def snoozed_with_autoretry(self: Any) -> str:
+        started(self)
+        if not (self.request.headers or {}).get("resilience"):
+            raise Snooze(0.1, "later")
+        return "awake"
+
     @task(name="snoozed", acks_late=True)
     def snoozed(self: Any) -> str:
         started(self)
         headers = self.request.headers or {}
         if headers.get("resilience", {}).get("snoozes", 0) < 2:
             raise Snooze(0.5, "later")
+        return "awake"
+
+    @task(name="snoozed_for", acks_late=True)
+    def snoozed_for(self: Any, countdown_s: float) -> str:
+        started(self)
+        headers = self.request.headers or {}
+        if not headers.get("resilience", {}).get("snoozes"):
+            raise Snooze(countdown_s, "later")
         return "awake"
 
     @task(name="retried_once", max_retries=3)
@@ -259,6 +364,23 @@ def _register(app: Celery, base: Any) -> None:
     def autoretries_spent(self: Any) -> None:
         started(self)
         raise ValueError("every time, by itself")
+
+    @task(name="retried_with_headers", max_retries=1)
+    def retried_with_headers(self: Any, path: str) -> None:
+        started(self)
+        if not Path(path).exists():
+            raise ValueError("not yet")
+        if self.request.retries == 0:
+            raise self.retry(countdown=0, headers={"x-mine": "kept"})
+        note("effect", self.request.id, self.request.headers["x-mine"])
+
+    @task(name="replaced")
+    def replaced(self: Any, path: str, end: str, how: str) -> None:
+        started(self)
+        if not Path(path).exists():
+            raise ValueError("not yet")
+        heir = app.tasks["fail_when"].si(end)
+        raise self.replace(app.tasks["ok"].si() | heir if how == "chain" else heir)
 
     @task(name="sleep", acks_late=True)
     def sleep(self: Any, seconds: float, end: str = "") -> str:
@@ -294,6 +416,26 @@ def _register(app: Celery, base: Any) -> None:
         _busy(60, end)
         note("failing", self.request.id)
         raise self.retry(exc=ValueError("it was time"), countdown=1)
+
+    @task(name="die_when", acks_late=True)
+    def die_when(self: Any, end: str) -> None:
+        started(self)
+        if not Path(end).exists():
+            _busy(60, end)
+            note("ending", self.request.id)
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("effect", self.request.id)
+
+    def snoozing(self: Any, end: str) -> None:
+        started(self)
+        if not Path(end).exists():
+            _busy(60, end)
+            note("ending", self.request.id)
+            raise Snooze(1)
+        note("effect", self.request.id)
+
+    task(name="snooze_when", acks_late=True)(snoozing)
+    task(name="snooze_when_early", acks_late=False)(snoozing)
 
     @task(name="errback")
     def errback(self: Any, *_: Any) -> None:

@@ -1,7 +1,8 @@
 """Ends a process at one exact point, once, for tests of what survives it.
 
 `FLEET_SABOTAGE=sabotage` with `FLEET_KILL_AT=<point>` in the environment. A file
-beside the ledger remembers that it has happened.
+beside the ledger remembers that it has happened. A point may end in a number:
+"before-publish-317" is the 317th publish of the process.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,18 @@ def die_once(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(owner: Any, name: str, point: str) -> None:
-    """Die before *owner*.name is called."""
+def around(owner: Any, name: str, point: str) -> None:
+    """Die before or after the first, or a later, call of *owner*.name."""
     wrapped: Callable[..., Any] = getattr(owner, name)
+    calls = count(1)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
-        die_once(point)
-        return wrapped(*args, **kwargs)
-
-    setattr(owner, name, dying)
-
-
-def after(owner: Any, name: str, point: str) -> None:
-    """Die after *owner*.name has returned."""
-    wrapped: Callable[..., Any] = getattr(owner, name)
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
+        number = next(calls)
+        die_once(f"before-{point}")
+        die_once(f"before-{point}-{number}")
         result = wrapped(*args, **kwargs)
-        die_once(point)
+        die_once(f"after-{point}")
+        die_once(f"after-{point}-{number}")
         return result
 
     setattr(owner, name, dying)
@@ -46,25 +42,27 @@ def after(owner: Any, name: str, point: str) -> None:
 
 def sabotage(app: Any) -> None:
     """Set every trap; the environment says which one bites."""
-    from celery_resilience.delivery import publisher
-    from celery_resilience.failed import sql_store
+    from celery_resilience.failed import collector
     from celery_resilience.failed.inbox import Batch
+    from celery_resilience.failed.redis_store import RedisFailedTaskStore
+    from celery_resilience.failed.sql_store import SqlFailedTaskStore
+    from celery_resilience.publisher import Publisher
 
+    collector.STALE_CLAIM_S = float(os.environ.get("FLEET_STALE_S", "60"))
     _trap_acks_of_failures()
-    store = sql_store.SqlFailedTaskStore
-    before(publisher.Publisher, "publish", "before-capture")
-    before(store, "keep", "before-upsert")
-    before(store, "_forget_ghosts", "before-commit")
-    after(store, "keep", "after-commit")
-    before(Batch, "__init__", "after-take")
-    before(store, "mark_sent", "before-mark-sent")
-    after(store, "mark_sent", "after-mark-sent")
-    after(store, "claim", "after-claim")
+    around(Publisher, "publish", "publish")
+    around(SqlFailedTaskStore, "_forget_ghosts", "commit")
+    around(RedisFailedTaskStore, "_write", "commit")
+    for store in (SqlFailedTaskStore, RedisFailedTaskStore):
+        around(store, "keep", "keep")
+        around(store, "claim", "claim")
+        around(store, "mark_sent", "mark")
+    around(Batch, "__init__", "take")
 
 
 def _trap_acks_of_failures() -> None:
-    from celery_resilience.delivery.outcome import Outcome
     from celery_resilience.delivery.request import ResilientRequest
+    from celery_resilience.outcome import Outcome
 
     acknowledge = ResilientRequest.acknowledge
 

@@ -87,6 +87,39 @@ def test_the_broker_is_down_at_capture(
         assert len(record["attempts"]) == 1
 
 
+def test_what_the_broker_delivers_again_is_not_sent_again(
+    own_fleet: OwnFleet,
+) -> None:
+    """
+    One further run of what snoozed, or lost its child, while RabbitMQ was away.
+
+    What was acknowledged early has its copy only.
+    """
+    fleet, server = own_fleet("rabbitmq", worker_prefetch_multiplier=2)
+    worker = fleet.worker(concurrency=3)
+    end = fleet.folder / "end"
+    ids = [fleet.send(name, str(end)).id for name in ("die_when", "snooze_when")]
+    early = fleet.send("snooze_when_early", str(end)).id
+    eventually(lambda: all(fleet.runs(id) == 1 for id in (*ids, early)))
+
+    server.kill()
+    eventually(lambda: lost_broker(worker), what=worker.text)
+    end.touch()
+    eventually(lambda: len(fleet.notes("ending")) == 3)
+    server.start()
+
+    eventually(
+        lambda: {line[1] for line in fleet.notes("effect")} == {*ids, early},
+        within_s=60,
+        what=worker.text,
+    )
+    # Due after everything that could have been sent again.
+    last = fleet.send("sleep", 0, countdown=3)
+    eventually(lambda: fleet.runs(last.id) == 1)
+    assert worker.stop() == 0
+    assert all(fleet.runs(id) == 2 for id in ids), fleet.notes()
+
+
 def test_the_spool_takes_what_the_broker_does_not(own_fleet: OwnFleet) -> None:
     """One file a failure while the broker is away; none once it is back."""
     fleet, server = own_fleet("redis", resilience_spool_dir="spool")
@@ -262,6 +295,30 @@ def test_a_redelivery_that_succeeds_resolves_what_was_captured(
     assert len(fleet.notes("effect")) == 1
 
 
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_a_redelivery_beside_its_own_replay_does_not_run(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """Captured, killed before the ack, replayed: the effect happens once."""
+    fleet = make_fleet(broker, task_acks_late=True)
+    if broker == "redis":
+        fleet.conf["broker_transport_options"].update(QUICK_REDIS)
+    cured = fleet.folder / "cured"
+    worker = fleet.worker(kill_at="before-ack-of-failure")
+    sent = fleet.send("boom_unless", str(cured))
+    worker.wait()
+    cured.touch()
+    report = fleet.failed.replay([fleet.record_of(sent.id)["id"]])
+    assert len(report.sent) == 1
+
+    second = fleet.worker()
+    eventually(lambda: second.text.count(f"{sent.id}] received") == 2, within_s=60)
+    eventually(lambda: fleet.record_of(sent.id)["state"] == "resolved")
+    assert second.stop() == 0
+    assert len(fleet.notes("effect")) == 1
+    assert second.outcomes()["received"] == 2
+
+
 def test_a_retry_that_cannot_be_published_is_a_failure(own_fleet: OwnFleet) -> None:
     """Once, with what the broker said and what the task had raised."""
     fleet, server = own_fleet("redis", task_publish_retry=False)
@@ -301,11 +358,10 @@ def test_what_nobody_takes_is_told_at_the_end(own_fleet: OwnFleet) -> None:
 
 
 @pytest.mark.parametrize("task", ["huge_text", "odd_text", "hostile"])
-def test_hostile_texts(make_fleet: FleetMaker, servers: Any, task: str) -> None:
+def test_hostile_texts(make_fleet: FleetMaker, task: str) -> None:
     """5 MB, NUL, lone surrogates and a text that raises change nothing."""
-    for store in ("sqlite", servers("postgresql").url):
-        more = {} if store == "sqlite" else {"resilience_store_url": store}
-        fleet = make_fleet("redis", **more)
+    for store in ("sqlite", "postgresql"):
+        fleet = make_fleet("redis", store=store)
         fleet.worker()
         sent = fleet.send(task)
 
@@ -336,3 +392,27 @@ def test_plain_celery_forgets_a_failure(make_fleet: FleetMaker) -> None:
             keys = [k.decode() for k in client.keys(f"{prefix}*")]
         left = {key for key in keys if "_kombu" not in key}
         assert left == (set() if is_plain else {f"{prefix}{prefix[:-1]}.failed"})
+
+
+def test_a_task_id_that_is_used_again_hides_no_failure(make_fleet: FleetMaker) -> None:
+    """Its first failure was discarded; its next message is redelivered, and fails."""
+    fleet = make_fleet("redis", worker_prefetch_multiplier=4)
+    worker = fleet.worker(concurrency=1)
+    fleet.send("boom", task_id="daily")
+    fleet.failed.discard([fleet.record_of("daily")["id"]])
+    end = fleet.folder / "end"
+    busy = fleet.send("sleep", 60, str(end))
+    eventually(lambda: fleet.runs(busy.id) == 1)
+    fleet.send("boom", task_id="daily")
+    eventually(lambda: worker.text.count("Task boom[daily] received") == 2)
+    worker.signal(signal.SIGTERM)
+    end.touch()
+    assert worker.stop() == 0
+    assert fleet.runs("daily") == 1
+
+    fleet.worker()
+    record = eventually(
+        lambda: (r := fleet.records()["daily"])["state"] == "unresolved" and r,
+        every_s=0.3,
+    )
+    assert len(record["attempts"]) == 2

@@ -10,13 +10,15 @@ import pytest
 from conftest import FleetMaker
 from fleet_runner import Fleet, Worker
 from polling import always, eventually
+from tcp_proxy import proxy_to, url_through
+
+from celery_resilience.message import HEADER
 
 QUICK_REDIS = {
     "visibility_timeout": 3,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
 }
-BROKERS_THAT_REDELIVER = ["redis", "rabbitmq", "rabbitmq-quorum"]
 
 
 def quick(fleet: Fleet) -> Fleet:
@@ -42,10 +44,15 @@ def keep_running(worker: Worker, until: Any, within_s: float = 180) -> int:
     return deaths
 
 
-@pytest.mark.parametrize("broker", BROKERS_THAT_REDELIVER)
-def test_killers_with_neighbours(make_fleet: FleetMaker, broker: str) -> None:
+@pytest.mark.parametrize(
+    ("broker", "store"),
+    [("redis", "sqlite"), ("rabbitmq", "mariadb"), ("rabbitmq-quorum", "sqlite")],
+)
+def test_killers_with_neighbours(
+    make_fleet: FleetMaker, broker: str, store: str
+) -> None:
     """A child killer and a worker killer run 3 times each; 30 neighbours are done."""
-    fleet = quick(make_fleet(broker, worker_prefetch_multiplier=4))
+    fleet = quick(make_fleet(broker, store=store, worker_prefetch_multiplier=4))
     worker = fleet.worker(concurrency=2)
     neighbours = [fleet.send("sleep", 0.2).id for _ in range(10)]
     worker_killer = fleet.send("kills_worker", str(worker.pid_file)).id
@@ -105,6 +112,32 @@ def test_plain_celery_loops(make_fleet: FleetMaker) -> None:
     assert killer.state not in ("FAILURE", "SUCCESS")
 
 
+def test_the_answer_to_a_copys_publish_is_lost(
+    make_fleet: FleetMaker, servers: Any
+) -> None:
+    """Redis: the copy that is sent again for a dead child is stored once."""
+    with proxy_to(servers("redis")) as proxy:
+        fleet = make_fleet("redis")
+        url = fleet.conf["broker_url"]
+        fleet.conf.update(broker_read_url=url, broker_write_url=url_through(proxy, url))
+        worker = fleet.worker()
+        # So that the connection is there, and only the copy's answer is lost.
+        fleet.record_of(fleet.send("boom").id)
+        die = fleet.folder / "die"
+        sent = fleet.send("killed_when", str(die))
+        eventually(lambda: fleet.runs(sent.id) == 1)
+        proxy.cut_answer_to(sent.id.encode())
+        die.touch()
+
+        eventually(lambda: fleet.notes("slept"), within_s=60)
+        assert proxy.has_cut_answer
+        last = fleet.send("ok")
+        eventually(lambda: last.state == "SUCCESS")
+        assert worker.stop() == 0
+        counts = worker.outcomes()
+    assert counts == {"received": 4, "failed": 1, "requeued": 1, "succeeded": 2}
+
+
 def test_max_crashes_of_the_task_the_flag_and_the_setting(
     make_fleet: FleetMaker,
 ) -> None:
@@ -146,6 +179,28 @@ def test_a_suspect_runs_alone(make_fleet: FleetMaker) -> None:
     assert set(beside) == {line[1] for line in order} - {suspect.id}
 
 
+@pytest.mark.parametrize(
+    ("broker", "pool"), [("filesystem", "prefork"), ("redis", "gevent")]
+)
+def test_all_that_waited_for_a_suspect_go_on(
+    make_fleet: FleetMaker, broker: str, pool: str
+) -> None:
+    """Though they are more than the pool has slots, and handing one over blocks."""
+    fleet = make_fleet(broker, worker_prefetch_multiplier=4)
+    worker = fleet.worker(pool=pool, concurrency=2)
+    end = fleet.folder / "end"
+    suspect = fleet.send("sleep", 60, str(end), headers={HEADER: {"alone": True}})
+    eventually(lambda: fleet.runs(suspect.id) == 1)
+    for _ in range(7):
+        fleet.send("sleep", 0.1)
+    eventually(lambda: worker.text.count("] received") == 8)
+    assert len(fleet.notes("sleep")) == 1
+
+    end.touch()
+    eventually(lambda: len(fleet.notes("slept")) == 8)
+    assert worker.stop() == 0
+
+
 def test_a_run_cut_off_by_a_stop_is_no_crash(make_fleet: FleetMaker) -> None:
     """A worker that is told to stop, and killed because it takes too long."""
     fleet = quick(make_fleet("redis"))
@@ -180,6 +235,25 @@ def test_without_a_store_a_worker_killer_ends_too(
     )
     assert 3 <= fleet.runs(killer.id) <= 22
     eventually(lambda: {line[1] for line in fleet.notes("ok")} == set(neighbours))
+
+
+def test_without_a_store_a_task_may_ask_for_itself_again(
+    make_fleet: FleetMaker,
+) -> None:
+    """`Reject(requeue=True)` as a poll: no run of it has died."""
+    fleet = make_fleet("rabbitmq", resilience_store_url=None, result_backend=None)
+    worker = fleet.worker()
+    go = fleet.folder / "go"
+    polling = fleet.send("requeued_until", str(go))
+    eventually(lambda: fleet.runs(polling.id) > 30)
+    go.touch()
+
+    last = fleet.send("ok")
+    for sent in (polling, last):
+        eventually(lambda sent=sent: f"{sent.id}] succeeded" in worker.text)
+    assert worker.stop() == 0
+    assert worker.outcomes()["failed"] == 0
+    assert worker.outcomes()["succeeded"] == 2
 
 
 def test_a_warm_stop_loses_nothing(make_fleet: FleetMaker) -> None:
@@ -223,6 +297,61 @@ def test_a_cold_stop_loses_no_late_acked_task_and_tells_the_others(
     assert report.sent == [record["id"]]
     eventually(lambda: len(fleet.notes("slept")) == 2)
     eventually(lambda: fleet.records()[early.id]["state"] == "resolved", every_s=0.3)
+
+
+def test_a_success_that_was_stored_is_one_however_its_run_ends(
+    make_fleet: FleetMaker,
+) -> None:
+    """A hard limit or a cold stop, while a receiver of task_postrun takes its time."""
+    fleet = make_fleet("redis")
+    worker = fleet.worker(concurrency=1)
+    limited = fleet.send("slow_to_end_limited")
+    stopped = fleet.send("slow_to_end")
+    eventually(lambda: ["ending", stopped.id] in fleet.notes("ending"))
+    worker.signal(signal.SIGQUIT)
+    worker.wait()
+
+    assert limited.state == stopped.state == "SUCCESS"
+    assert fleet.records() == {}
+
+
+@pytest.mark.parametrize("backend", ["redis", "database"])
+def test_an_earlier_success_of_a_task_id_hides_no_crash(
+    make_fleet: FleetMaker, backend: str
+) -> None:
+    """A fixed task id: the run that is killed is not the one that has succeeded."""
+    fleet = make_fleet("redis")
+    if backend == "database":
+        url = f"db+sqlite:///{fleet.folder}/results.sqlite3"
+        fleet.conf["result_backend"] = fleet.app.conf.result_backend = url
+    fleet.worker("--max-crashes", "1")
+    bad = fleet.folder / "bad"
+    fleet.send("killed_if", str(bad), task_id="daily").get(timeout=30)
+    bad.touch()
+    fleet.send("killed_if", str(bad), task_id="daily")
+
+    assert fleet.record_of("daily")["reason"] == "worker_lost"
+    assert fleet.runs("daily") == 2
+
+
+def test_a_cold_stop_on_solo_cuts_off_its_task(make_fleet: FleetMaker) -> None:
+    """The late-acked one goes back to the queue, the early-acked one is kept."""
+    fleet = make_fleet("redis")
+    end = fleet.folder / "end"
+    early = fleet.send("sleep_early", 60, str(end))
+    late = fleet.send("sleep", 60, str(end))
+    for sent in (early, late):
+        worker = fleet.worker(pool="solo")
+        eventually(lambda sent=sent: fleet.runs(sent.id) == 1)
+        worker.signal(signal.SIGQUIT)
+        worker.wait()
+    assert fleet.record_of(early.id)["reason"] == "interrupted"
+
+    end.touch()
+    fleet.worker(pool="solo")
+    eventually(lambda: fleet.notes("slept"))
+    assert fleet.runs(late.id) == 2
+    assert set(fleet.records()) == {early.id}
 
 
 def test_plain_celery_loses_an_early_acked_task_at_a_cold_stop(

@@ -151,6 +151,15 @@ ROWS = [
     ),
     Row("ignored", "skipped", state="PENDING"),
     Row("skipped", "skipped", state="SUCCESS", result=42),
+    Row("skipped_with_autoretry", "skipped", state="SUCCESS", result=42),
+    Row(
+        "snoozed_with_autoretry",
+        "succeeded",
+        state="SUCCESS",
+        result="awake",
+        runs=2,
+        deliveries={"snoozed": 1, "succeeded": 1},
+    ),
     Row(
         "snoozed",
         "succeeded",

@@ -125,6 +125,11 @@ def reconnected(worker: Worker, times: int = 1) -> bool:
     return worker.text.count("Connected to redis") > times
 
 
+def took_over(worker: Worker) -> int:
+    """How often it has taken over, on a new connection, what it held."""
+    return worker.text.count("after a lost connection")
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_a_running_task_survives_a_lost_connection(cut_fleet: Any, pool: str) -> None:
     """It goes on, runs once, and is acknowledged on the new connection."""
@@ -186,6 +191,99 @@ def test_what_had_not_started_is_given_back(cut_fleet: Any) -> None:
     assert ran_once(fleet, [first.id, later.id, *waiting])
     counts = worker.outcomes()
     assert counts["received"] == counts["succeeded"] + counts["requeued"]
+
+
+def test_a_task_that_is_cancelled_with_the_connection_is_given_back(
+    cut_fleet: Any,
+) -> None:
+    """Celery has cut it off; nobody would ever acknowledge it here."""
+    fleet, proxy = cut_fleet(worker_cancel_long_running_tasks_on_connection_loss=True)
+    worker = fleet.worker(concurrency=1)
+    end = fleet.folder / "end"
+    sent = fleet.send("sleep", 60, str(end))
+    eventually(lambda: fleet.runs(sent.id) == 1)
+
+    proxy.cut()
+    eventually(lambda: fleet.runs(sent.id) == 2, what=worker.text)
+    end.touch()
+
+    eventually(lambda: slept(fleet) == 1)
+    eventually(lambda: unacked(fleet) == 0)
+    assert queued(fleet) == 0
+    assert worker.stop() == 0
+    assert worker.outcomes() == {"received": 2, "requeued": 1, "succeeded": 1}
+
+
+def test_what_a_pool_was_given_survives_two_lost_connections(cut_fleet: Any) -> None:
+    """Celery has forgotten it since the first one; the pool runs it all the same."""
+    fleet, proxy = cut_fleet(worker_prefetch_multiplier=2)
+    worker = fleet.worker(pool="threads", concurrency=1)
+    end = fleet.folder / "end"
+    ids = [fleet.send("sleep", 60, str(end)).id for _ in range(2)]
+    eventually(lambda: fleet.notes("sleep"))
+    eventually(lambda: unacked(fleet) == 2)
+
+    for times in (1, 2):
+        proxy.cut()
+        eventually(lambda times=times: took_over(worker) == times, what=worker.text)
+    end.touch()
+
+    eventually(lambda: slept(fleet) == 2)
+    eventually(lambda: unacked(fleet) == 0)
+    assert queued(fleet) == 0
+    assert worker.stop() == 0
+    assert ran_once(fleet, ids)
+
+
+def test_a_connection_that_breaks_while_it_takes_over(cut_fleet: Any) -> None:
+    """What it had not come to is taken over by the next one."""
+    fleet, proxy = cut_fleet(worker_prefetch_multiplier=4)
+    worker = fleet.worker(concurrency=1)
+    end = fleet.folder / "end"
+    first = fleet.send("sleep", 60, str(end)).id
+    waiting = [fleet.send("ok").id for _ in range(3)]
+    eventually(lambda: fleet.runs(first) == 1)
+    eventually(lambda: unacked(fleet) == 4)
+
+    proxy.refuse_at(b"HGET")  # the first word of giving a message back
+    proxy.cut()
+    eventually(lambda: worker.text.count("onnection to broker lost") == 2)
+    assert took_over(worker) == 0
+    proxy.accept()
+    eventually(lambda: took_over(worker) == 1)
+    end.touch()
+
+    eventually(lambda: len(fleet.notes("ok")) == 3, what=worker.text)
+    eventually(lambda: unacked(fleet) == 0)
+    assert queued(fleet) == 0
+    assert worker.stop() == 0
+    assert ran_once(fleet, [first, *waiting])
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_an_unknown_task_that_is_held_outlives_its_connection(
+    cut_fleet: Any, pool: str
+) -> None:
+    """Kept once, rejected on the new connection, and the worker lives."""
+    fleet, proxy = cut_fleet()
+    worker = fleet.worker(pool=pool)
+    failed_queue = f"{fleet.conf['resilience_namespace']}.failed"
+    with fleet.app.connection_for_write() as connection:
+        client = connection.default_channel.client
+        client.set(failed_queue, "no list, so that nothing can be pushed")
+        sent = fleet.app.send_task("no.such.task")
+        eventually(lambda: "cannot publish" in worker.text, what=worker.text)
+
+        proxy.refuse()
+        eventually(lambda: "onnection to broker lost" in worker.text)
+        proxy.accept()
+        client.delete(failed_queue)
+
+    eventually(lambda: took_over(worker), what=worker.text)
+    eventually(lambda: unacked(fleet) == 0, what=worker.text)
+    assert fleet.record_of(sent.id)["reason"] == "unknown_task"
+    assert worker.stop() == 0
+    assert worker.outcomes() == {"received": 1, "failed": 1}
 
 
 def test_plain_celery_starts_a_second_copy(

@@ -1,0 +1,139 @@
+"""What type checkers make of the public names; checked by `make lint`, never run.
+
+The first part must be accepted. Each line of the second is wrong, and says which error
+it must be: an ignore that ignores nothing is itself an error of both checkers.
+"""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+from celery import Celery, shared_task
+
+import celery_resilience
+from celery_resilience import (
+    ConfigurationError,
+    FailedTasks,
+    Resilience,
+    ResilienceError,
+    ResilientTask,
+    Skip,
+    Snooze,
+    TaskOptions,
+)
+
+# --- what must be accepted --------------------------------------------------------------
+
+app = Celery("shop")
+resilience = Resilience(app)
+Resilience().init_app(app)
+assert_type(celery_resilience.__version__, str)
+
+
+@app.task(base=ResilientTask)
+def ship(order_id: int) -> int:
+    """The shortest resilient task."""
+    return order_id
+
+
+@app.task(
+    base=ResilientTask,
+    bind=True,
+    acks_late=True,
+    max_retries=3,
+    **TaskOptions(failed_queue="shop.refused", redact=["card"], max_crashes=2),
+)
+def charge(self: ResilientTask, order_id: int, card: str) -> None:
+    """Celery's options and ours, with the task as its first argument."""
+    if not card:
+        raise Skip("nothing to charge", result=order_id)
+    if self.request.retries:
+        raise Snooze(2.5, "the bank is closed")
+    raise self.retry(countdown=3)
+
+
+NOT_KEPT: TaskOptions = {"failed_queue": False, "max_crashes": None}
+
+
+@shared_task(base=ResilientTask, **NOT_KEPT)
+def apologise(order_id: int) -> None:
+    """An app's options for many tasks, and no app yet."""
+
+
+assert_type(ship, ResilientTask)
+assert_type(charge, ResilientTask)
+ship.delay(7)
+charge.apply_async((7, "1234"), countdown=3)
+ship.delay_on_commit(7)
+ship.apply_async_on_commit((7,))
+
+
+class ShopTask(ResilientTask):
+    """A base class with the app's own defaults."""
+
+    abstract = True
+    acks_late = True
+    failed_queue = "shop.failed"
+    redact = ("card", "iban")
+    max_crashes = 5
+
+
+class Quiet(ResilientTask):
+    """One that keeps nothing."""
+
+    failed_queue = False
+    max_crashes = None
+
+
+def is_told(error: ResilienceError) -> str:
+    """An error of ours has a text."""
+    return str(error)
+
+
+def failed_tasks() -> None:
+    """The Python side of the command."""
+    try:
+        failed = FailedTasks(app)
+    except ConfigurationError as error:
+        is_told(error)
+        return
+    for found in failed.list(task="shop.*", since="2h", limit=50):
+        assert_type(found.id, str)
+        assert_type(failed.get(found.id).summary.message, str)
+    report = failed.replay(group="a91f3c", dry_run=True)
+    assert_type(len(report.sent), int)
+    assert_type(failed.discard(["a91f"]), int)
+
+
+# --- what must be refused ---------------------------------------------------------------
+
+
+class Wrong(ResilientTask):
+    """Options with the wrong types."""
+
+    failed_queue = True  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    redact = "card"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    max_crashes = "3"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+
+
+TaskOptions(failed_queue=True)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(redact="card")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(max_crashes="3")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(max_crash=3)  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportCallIssue]
+
+
+@app.task(base=ResilientTask, **TaskOptions(max_crashes=2.5))  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+def wrong(order_id: int) -> None:
+    """An option is checked where it is given."""
+
+
+def wrong_calls(order_id: int) -> None:
+    """Arguments that every call would refuse."""
+    Resilience("shop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Resilience().init_app()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    FailedTasks()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    FailedTasks(app).replay(dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FailedTasks(app).list(limit="50")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Snooze("soon")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Snooze()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    celery_resilience.Nonsense()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
