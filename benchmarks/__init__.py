@@ -1,0 +1,1 @@
+"""What celery-resilience costs, against plain Celery in the same run."""
