@@ -18,6 +18,7 @@ from billiard.common import human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import signals, states
 from celery.app.task import Context, Task
+from celery.backends.base import DisabledBackend
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.solo import TaskPool as SoloPool
@@ -148,6 +149,23 @@ def enter_body(request: Any) -> None:
     (``app/trace.py:877``, Celery 5.7).
     """
     request._protected = 1
+
+
+def stores_result(task: Any, request: Any) -> bool:
+    """Whether the result backend stores what this run returns."""
+    ignores = request.ignore_result
+    if ignores is None:
+        ignores = task.ignore_result
+    return not ignores and not isinstance(task.backend, DisabledBackend)
+
+
+def let_canvas_go(request: Any) -> None:
+    """
+    Send nothing of what follows *request* in its canvas: that has been done.
+
+    The tracer reads these after the body (``app/trace.py``, Celery 5.7).
+    """
+    request.callbacks = request.chain = request.chord = None
 
 
 # --- settling a request ----------------------------------------------------------

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
     from celery_resilience.failed.task import ReplayFence
+    from celery_resilience.idempotency.registered import TaskKeys
+    from celery_resilience.idempotency.send import KeySender
+    from celery_resilience.idempotency.task import KeyGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -87,6 +90,7 @@ class ChildRooms:
 
     fence: ReplayFence
     starts: StartGuard
+    keys: KeyGuard
     facts: TellsFacts
     is_ending: IsEnding
 
@@ -132,6 +136,24 @@ class Installation:
             app_dir=self.app_dir,
             broker_tls=conf.broker_use_ssl,
         )
+
+    @cached_property
+    def key_sender(self) -> KeySender:
+        """Sends the messages of tasks with keys."""
+        from celery_resilience.idempotency.send import KeySender
+
+        return KeySender(self.key_store, namespace=self.settings.namespace)
+
+    def task_keys(self, task: type[ResilientTask]) -> TaskKeys | None:
+        """
+        How the keys of *task* are made; None where it has none.
+
+        Raises:
+            ConfigurationError: An option, or the key's template, is wrong.
+        """
+        from celery_resilience.idempotency.registered import task_keys
+
+        return task_keys(task)
 
     @property
     def app_dir(self) -> Path:

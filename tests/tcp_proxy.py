@@ -26,6 +26,8 @@ class Proxy:
         self._last_words = b""
         self._needle = b""
         self._unanswered: set[socket.socket] = set()
+        self._latency_s = 0.0
+        self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept_all, daemon=True).start()
@@ -53,6 +55,10 @@ class Proxy:
         """Forward the next data that holds *needle*, and cut in place of the answer."""
         self._needle = needle
 
+    def slow_down(self, latency_s: float) -> None:
+        """Let whatever a client says take so long to arrive."""
+        self._latency_s = latency_s
+
     @property
     def has_cut_answer(self) -> bool:
         """Whether what was asked for by `cut_answer_to` has happened."""
@@ -60,6 +66,7 @@ class Proxy:
 
     def close(self) -> None:
         """End it."""
+        self._closed.set()
         self._listener.close()
         self.cut()
 
@@ -78,12 +85,12 @@ class Proxy:
                 client.close()
                 continue
             self._sockets |= {client, server}
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(
-                    target=self._forward, args=(source, sink), daemon=True
-                ).start()
+            for pair in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._forward, args=pair, daemon=True).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+    def _forward(
+        self, source: socket.socket, sink: socket.socket, is_asking: bool
+    ) -> None:
         with contextlib.suppress(OSError):
             seen = b""
             while data := source.recv(65_536):
@@ -94,6 +101,8 @@ class Proxy:
                 if source in self._unanswered:
                     break
                 seen = (seen + data)[-65_536:]
+                if is_asking and self._latency_s:
+                    self._closed.wait(self._latency_s)
                 if self._needle and self._needle in seen:
                     self._needle = b""
                     self._unanswered.add(sink)

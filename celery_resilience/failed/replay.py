@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from celery_resilience.errors import BrokerUnavailable, PublishRefused
 from celery_resilience.failed.pages import pages
 from celery_resilience.failed.store import Claim, FailedTaskStore
-from celery_resilience.message import HEADER, OriginalMessage
+from celery_resilience.message import HEADER, KEY, OriginalMessage
 from celery_resilience.outcome import Reason
 
 logger = logging.getLogger("celery_resilience.failed")
@@ -59,8 +59,8 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
     """
     The message that is sent for *claim*.
 
-    The original bytes, chain, links, stamps and priority; no retries spent, no
-    eta, no expiry, nothing of its past deliveries. The copy has a name of its
+    The original bytes, chain, links, stamps, priority and idempotency key; no retries
+    spent, no eta, no expiry, nothing of its past deliveries. The copy has a name of its
     own, so that a worker tells it from another of the same replay.
 
     Args:
@@ -76,13 +76,15 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
             headers["root_id"] = new_id
         headers["id"] = new_id
         properties["correlation_id"] = new_id
+    marks = message.marks
     headers[HEADER] = {
         "replay": {
             "record": claim.id,
             "token": claim.token,
             "copy": uuid4().hex,
             "number": claim.number,
-        }
+        },
+        **({KEY: marks[KEY]} if KEY in marks else {}),
     }
     return replace(
         message,
