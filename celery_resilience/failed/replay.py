@@ -85,6 +85,7 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
             "number": claim.number,
         },
         **({KEY: marks[KEY]} if KEY in marks else {}),
+        **({"forced": True} if claim.is_forced else {}),
     }
     return replace(
         message,
@@ -186,6 +187,7 @@ class Replayer:
         *,
         to_queue: str | None = None,
         new_id: bool = False,
+        force: bool = False,
         report: ReplayReport | None = None,
         on_progress: Callable[[ReplayReport], None] | None = None,
     ) -> ReplayReport:
@@ -196,6 +198,7 @@ class Replayer:
             ids: Whole ids.
             to_queue: Another queue than the original ones.
             new_id: Give each message a new task id.
+            force: Run tasks whose idempotency key is done or interrupted, too.
             report: Filled in, also where an error breaks the replay off.
             on_progress: Called after each page.
 
@@ -204,7 +207,9 @@ class Replayer:
         """
         report = report or ReplayReport()
         for page in pages(ids, PAGE):
-            claims = self._store.claim(page, to_queue=to_queue, wants_new_id=new_id)
+            claims = self._store.claim(
+                page, to_queue=to_queue, wants_new_id=new_id, is_forced=force
+            )
             claimed = {claim.id for claim in claims}
             report.skipped += [id for id in page if id not in claimed]
             self.send_claims(claims, report, are_new=True)
