@@ -19,6 +19,7 @@ from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
     AskAgain,
+    DropDelivery,
     KeyMismatch,
     ResilienceError,
     RunInterrupted,
@@ -101,6 +102,10 @@ class KeyedRun:
     """
     A run that has its key.
 
+    Once another run has it, whatever this one comes to counts no more: what says so
+    here raises Snooze where the other is another task's, whose result will be this
+    one's too, and DropDelivery where it is another delivery of this very message.
+
     Attributes:
         claim: What it took.
         epoch: The fencing number; 0 where the store was away and the task runs
@@ -124,9 +129,6 @@ class KeyedRun:
 
         Args:
             is_ending: It ends the process, and is not the task's own.
-
-        Raises:
-            Snooze, Skip: As `done` does.
         """
         if is_ending:
             self.abandoned()
@@ -140,23 +142,11 @@ class KeyedRun:
             self.failed()
 
     def done(self, result: Any) -> None:
-        """
-        The effect has happened.
-
-        Raises:
-            Snooze: Another task id has the key: its result will be this one's too.
-            Skip: Another delivery of this message has the key, and goes on with it.
-        """
+        """The effect has happened."""
         if self._has_ended or not self.epoch:
             return
         data = pack(result, self._guard.serializer, has_backend=self._stores_result)
-        owner = self._end(KeyState.DONE, data)
-        if owner is None:
-            return
-        lease_lost(self.claim)
-        if owner == self.claim.owner:
-            raise Skip(LEASE_LOST)
-        raise Snooze(FIRST_LOOK_S, LEASE_LOST)
+        self._end(KeyState.DONE, data)
 
     def failed(self) -> None:
         """The body ended in an error; another run may begin."""
@@ -189,10 +179,16 @@ class KeyedRun:
 
     def _end(
         self, state: KeyState, result: bytes | None = None, until_s: float = 0.0
-    ) -> str | None:
+    ) -> None:
         self._has_ended = True
         self._guard.heartbeat.remove(self.claim)
-        return self._guard.finish(self.claim, state, result, until_s)
+        owner = self._guard.finish(self.claim, state, result, until_s)
+        if owner is None:
+            return
+        lease_lost(self.claim)
+        if owner == self.claim.owner:
+            raise DropDelivery(LEASE_LOST)
+        raise Snooze(FIRST_LOOK_S, LEASE_LOST)
 
 
 class KeyGuard:
@@ -347,7 +343,12 @@ class KeyGuard:
         store = self._store()
         if store is None:
             raise StoreUnavailable("this worker has no store")
-        return store.begin(claim)
+        try:
+            return store.begin(claim)
+        except StoreUnavailable:
+            # It may have heard: the same claim once more has the same answer, while
+            # another would find the key of a run that nobody has begun.
+            return store.begin(claim)
 
     def _without_store(
         self, claim: Claim, call: Call, exc: ResilienceError
