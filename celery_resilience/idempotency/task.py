@@ -21,7 +21,6 @@ from celery_resilience.errors import (
     AskAgain,
     DropDelivery,
     KeyMismatch,
-    ResilienceError,
     RunInterrupted,
     Skip,
     Snooze,
@@ -299,7 +298,8 @@ class KeyGuard:
             ):
                 claim = replace(claim, is_forced=True)
                 begun = self._begin(claim)
-        except ResilienceError as exc:
+        except Exception as exc:
+            # StoreUnavailable, or what a driver raises unforeseen.
             return self._without_store(claim, call, exc)
         if begun.verdict is Verdict.DONE:
             raise self._done(call, begun)
@@ -326,7 +326,8 @@ class KeyGuard:
                 if store is None:
                     return None
                 return store.finish(claim, state, result=result, until_s=until_s)
-            except ResilienceError as exc:
+            except Exception as exc:
+                # StoreUnavailable, or what a driver raises unforeseen.
                 if tried == FINISH_TRIES:
                     logger.warning(
                         "%s[%s] has ended, and its key %r does not say so (%s): a "
@@ -350,9 +351,7 @@ class KeyGuard:
             # another would find the key of a run that nobody has begun.
             return store.begin(claim)
 
-    def _without_store(
-        self, claim: Claim, call: Call, exc: ResilienceError
-    ) -> KeyedRun:
+    def _without_store(self, claim: Claim, call: Call, exc: Exception) -> KeyedRun:
         if self._if_store_down == "run":
             logger.warning(
                 "%s[%s] runs without its key %r: %s",

@@ -592,7 +592,7 @@ def test_a_slow_store_delays_and_loses_nothing(
 ) -> None:
     """Two seconds for each question: twice that for a task."""
     with store_apart(make_fleet, own_server, store) as (fleet, proxy):
-        fleet.worker()
+        fleet.worker(concurrency=1)
         ends(fleet, fleet.send("charge", 0).id)
         proxy.slow_down(2.0)
         ids = [fleet.send("charge", 1).id for _ in range(2)]
@@ -621,7 +621,7 @@ def test_a_run_asks_its_store_twice(make_fleet: FleetMaker, own_server: Any) -> 
             if command["client_type"] != "lua":
                 asked.append(command["command"])
 
-    assert len(asked) == 10, asked
+    assert len(asked) == 10, "\n".join(asked)
     assert all(command.startswith("EVALSHA") for command in asked)
 
 
