@@ -263,6 +263,10 @@ class Installation:
         """The store of starts, or None when the app has none."""
         return self._store("starts")
 
+    def key_store(self) -> Any:
+        """The store of idempotency keys, or None when the app has none."""
+        return self._store("keys")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -275,22 +279,28 @@ class Installation:
         if is_redis(url):
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
+            from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
             from celery_resilience.stores.redis import RedisServer
 
-            server = RedisServer(url, settings.namespace, tls=self.store_choice.tls)
+            tls = self.store_choice.tls
+            server = RedisServer(url, settings.namespace, tls=tls)
+            quick = RedisServer(url, settings.namespace, tls=tls, **LIMITS)
             return {
                 "failed": RedisFailedTaskStore(server),
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
+                "keys": RedisKeyStore(quick),
                 "backend": server,
             }
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
+        from celery_resilience.idempotency.sql_store import SqlKeyStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
         return {
             "failed": SqlFailedTaskStore(database, settings.namespace),
             "starts": SqlStartStore(database, settings.namespace),
+            "keys": SqlKeyStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -307,12 +317,14 @@ class Installation:
             raise ConfigurationError("the store is in Redis, which has no tables")
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
+        from celery_resilience.idempotency import sql_table as keys
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
             {
                 "failed": (failed.VERSION, failed.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
+                keys.ROOM: (keys.VERSION, keys.TABLES),
             }
         )
 

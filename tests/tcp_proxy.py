@@ -17,6 +17,9 @@ class Proxy:
 
     Args:
         target: The port that it forwards to, on this host.
+
+    Attributes:
+        turns: How often a client has said something and waited for the answer.
     """
 
     def __init__(self, target: int) -> None:
@@ -28,6 +31,8 @@ class Proxy:
         self._unanswered: set[socket.socket] = set()
         self._latency_s = 0.0
         self._closed = threading.Event()
+        self.turns = 0
+        self._last_speaker: dict[frozenset[socket.socket], socket.socket] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept_all, daemon=True).start()
@@ -85,12 +90,17 @@ class Proxy:
                 client.close()
                 continue
             self._sockets |= {client, server}
-            for pair in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._forward, args=pair, daemon=True).start()
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(
+                    target=self._forward,
+                    args=(source, sink, source is client),
+                    daemon=True,
+                ).start()
 
     def _forward(
-        self, source: socket.socket, sink: socket.socket, is_asking: bool
+        self, source: socket.socket, sink: socket.socket, is_client: bool
     ) -> None:
+        pair = frozenset((source, sink))
         with contextlib.suppress(OSError):
             seen = b""
             while data := source.recv(65_536):
@@ -100,8 +110,11 @@ class Proxy:
                     break
                 if source in self._unanswered:
                     break
+                if is_client and self._last_speaker.get(pair) is not source:
+                    self.turns += 1
+                self._last_speaker[pair] = source
                 seen = (seen + data)[-65_536:]
-                if is_asking and self._latency_s:
+                if is_client and self._latency_s:
                     self._closed.wait(self._latency_s)
                 if self._needle and self._needle in seen:
                     self._needle = b""

@@ -88,7 +88,8 @@ class Begun:
 
     Attributes:
         verdict: What the run may do.
-        epoch: RUN: the fencing number, larger than any before it for this key.
+        epoch: RUN: the fencing number, larger than any before it for this key, as long
+            as the key is remembered.
         found: The state before; None where the key was unknown. RUN after RUNNING
             or INTERRUPTED means that nobody knows whether the effect happened.
         owner: BUSY or DONE: the task id that has the key.

@@ -28,6 +28,8 @@ class KeyStore(Protocol):
 
         Arguments are compared in every state but QUEUED, except for a forced claim, and
         for the owner's own retry, whose arguments may be others.
+
+        The same claim again, whose answer was lost, gets the same answer while it runs.
         """
         ...
 

@@ -36,13 +36,29 @@ class RedisServer:
             `redis+cluster://`.
         namespace: The app's; several share a server.
         tls: Keywords of redis-py's connection, such as `ssl_ca_certs`.
+        connect_s: Seconds that making a connection may take.
+        answer_s: Seconds that an answer may take.
+        health_check_s: A connection that was idle for so many seconds is tried before
+            it is used; 0: never, which saves a round trip.
     """
 
     def __init__(
-        self, url: str, namespace: str, *, tls: Mapping[str, Any] | None = None
+        self,
+        url: str,
+        namespace: str,
+        *,
+        tls: Mapping[str, Any] | None = None,
+        connect_s: float = CONNECT_TIMEOUT_S,
+        answer_s: float = ANSWER_TIMEOUT_S,
+        health_check_s: float = HEALTH_CHECK_S,
     ) -> None:
         self._url = url
-        self._tls = dict(tls or {})
+        self._options: dict[str, Any] = {
+            "socket_connect_timeout": connect_s,
+            "socket_timeout": answer_s,
+            "health_check_interval": health_check_s,
+            **(tls or {}),
+        }
         self._tag = f"{{celery-resilience:{namespace}}}"
         self._client: Any = None
         self._scripts: dict[tuple[str, str], Any] = {}
@@ -173,12 +189,7 @@ class RedisServer:
             from redis.retry import Retry
         except ModuleNotFoundError as exc:
             raise MissingExtra.of("redis", "redis", self._shown()) from exc
-        options: dict[str, Any] = {
-            "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            "socket_timeout": ANSWER_TIMEOUT_S,
-            "health_check_interval": HEALTH_CHECK_S,
-            **self._tls,
-        }
+        options = dict(self._options)
         kind, _, rest = self._url.partition("://")
         # As Celery spells it; redis-py knows "required".
         rest = re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda m: m[0][5:].lower(), rest)

@@ -41,8 +41,10 @@ from celery_resilience.stores.sql_dialects import (
     TABLE_OPTIONS,
     LongBinary,
     LongText,
+    SqlDialect,
     dialect_of,
 )
+from celery_resilience.stores.sql_statements import TRIES, SqlStatements
 
 __all__ = ["LongBinary", "LongText", "SqlDatabase", "metadata", "table"]
 
@@ -50,13 +52,10 @@ Result = TypeVar("Result")
 
 metadata = MetaData()
 
-#: How often a transaction is tried that a database gives up for another's sake.
-TRIES = 10
 
-
-def table(name: str, *columns: Any) -> Table:
+def table(name: str, *columns: Any, **options: Any) -> Table:
     """A table of a room's, which compares texts alike in every database."""
-    return Table(name, metadata, *columns, **TABLE_OPTIONS)
+    return Table(name, metadata, *columns, **TABLE_OPTIONS, **options)
 
 
 schema_versions = table(
@@ -73,6 +72,9 @@ class SqlDatabase:
     Args:
         url: `sqlite:///…`, `postgresql+psycopg://…` or `mysql+pymysql://…`.
         create_schema: Make missing tables on first use.
+
+    Attributes:
+        statements: What is said in one round trip, outside any transaction.
     """
 
     def __init__(self, url: str, *, create_schema: bool = True) -> None:
@@ -82,6 +84,12 @@ class SqlDatabase:
         self._pid = os.getpid()
         self._ready: set[str] = set()
         self._lock = Lock()
+        self.statements = SqlStatements(self)
+
+    @property
+    def dialect(self) -> SqlDialect:
+        """What this kind of database does differently."""
+        return self._dialect
 
     @property
     def is_sqlite(self) -> bool:
@@ -97,10 +105,9 @@ class SqlDatabase:
                 another version.
             StoreUnavailable: The database did not answer.
         """
-        self._own_process()
-        if room in self._ready:
+        if self.is_ready(room):
             return
-        with self._translated():
+        with self.translated():
             found = self._version_of(room)
             if found is None and self._create_schema:
                 self._create(room, version, tables)
@@ -123,11 +130,16 @@ class SqlDatabase:
             )
         self._ready.add(room)
 
+    def is_ready(self, room: str) -> bool:
+        """Whether this process knows that the tables of *room* are there."""
+        self._own_process()
+        return room in self._ready
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that reads one consistent state."""
         with (
-            self._translated(),
+            self.translated(),
             self._connect() as connection,
             connection.begin(),
         ):
@@ -136,7 +148,7 @@ class SqlDatabase:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that is committed at the end, or rolled back."""
-        with self._translated(), self._transaction() as connection:
+        with self.translated(), self._transaction() as connection:
             yield connection
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
@@ -148,7 +160,7 @@ class SqlDatabase:
                 in favour of another's.
         """
         deadline = time.monotonic() + LOCK_TIMEOUT_S
-        with self._translated():
+        with self.translated():
             for tried in range(1, TRIES + 1):
                 try:
                     with self._transaction() as connection:
@@ -184,8 +196,27 @@ class SqlDatabase:
         """
         return self._dialect.insert_new(connection, rows, key)
 
+    def statements_engine(self, *, connect_s: int, answer_s: int) -> Engine:
+        """
+        An engine whose statements are each a transaction, for `SqlStatements`.
+
+        Args:
+            connect_s: Seconds for making a connection.
+            answer_s: Seconds for an answer, where the driver knows such a limit, and
+                for another process's lock.
+        """
+        options = self._dialect.statements_options(connect_s, answer_s)
+        engine = self._make_engine(options)
+        self._dialect.prepare_for_statements(engine, answer_s)
+        return engine
+
+    def is_conflict(self, error: DBAPIError) -> bool:
+        """Whether a statement was given up for another's sake: it may be repeated."""
+        return self._dialect.is_conflict(error)
+
     def close(self) -> None:
         """Close this process's connections."""
+        self.statements.close()
         if self._engine is not None and self._pid == os.getpid():
             self._engine.dispose()
             self._engine = None
@@ -242,9 +273,10 @@ class SqlDatabase:
     def _connect(self) -> Connection:
         return self._open().connect()
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self, options: Mapping[str, Any] | None = None) -> Engine:
+        options = self._dialect.engine_options() if options is None else options
         try:
-            engine = create_engine(self._url, **self._dialect.engine_options())
+            engine = create_engine(self._url, **options)
         except ModuleNotFoundError as exc:
             library = exc.name or "the database driver"
             if library != self._dialect.library:
@@ -284,7 +316,13 @@ class SqlDatabase:
         ) from cause
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """
+        Say in words of ours what SQLAlchemy raises.
+
+        Raises:
+            StoreUnavailable: The database did not answer, or refused.
+        """
         try:
             yield
         except SQLAlchemyError as exc:

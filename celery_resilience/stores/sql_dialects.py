@@ -12,10 +12,15 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Insert,
+    Integer,
     LargeBinary,
     MetaData,
+    NullPool,
     Table,
     Text,
+    bindparam,
+    case,
     cast,
     event,
     func,
@@ -68,12 +73,14 @@ class SqlDialect(ABC):
         library: The module of that driver.
         extra: The extra that brings it.
         is_sqlite: Embedded: one host, one writer at a time.
+        has_limits: It waits for an answer only as long as it is told to.
     """
 
     driver: str
     library: str = ""
     extra: str = ""
     is_sqlite = False
+    has_limits = True
 
     @abstractmethod
     def engine_options(self) -> dict[str, Any]:
@@ -105,6 +112,51 @@ class SqlDialect(ABC):
     def prepare(self, engine: Engine) -> None:  # noqa: B027 -- most need nothing
         """Listen to a new engine."""
 
+    def statements_options(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """Arguments of `create_engine`, for statements that are each a transaction."""
+        options = self.engine_options()
+        limits = self.limits(connect_s, answer_s)
+        return {
+            "connect_args": {**options["connect_args"], **limits},
+            "isolation_level": "AUTOCOMMIT",
+            "poolclass": NullPool,
+            "pool_reset_on_return": None,
+        }
+
+    @abstractmethod
+    def limits(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """The driver's words for how long it waits."""
+
+    def prepare_for_statements(  # noqa: B027 -- most need nothing
+        self, engine: Engine, answer_s: int
+    ) -> None:
+        """Listen to a new engine for statements that are each a transaction."""
+
+    @abstractmethod
+    def statement_now(self) -> ColumnElement[float]:
+        """The database's wall time, the same in a whole statement; or a word `now`."""
+
+    @abstractmethod
+    def upsert(
+        self,
+        row: Mapping[Column[Any], Any],
+        is_given: ColumnElement[Any],
+        changes: Mapping[Column[Any], Any],
+        mark: Column[Any],
+    ) -> Insert:
+        """
+        Insert a row, or change the one that is there if it may be had.
+
+        The row that is there is written in any case: a statement that only reads it
+        may not see what another has just inserted.
+
+        Args:
+            row: Values of the new one, the primary key among them.
+            is_given: Whether the one that is there may be had.
+            changes: Its new values.
+            mark: The column that is 1 if the row was inserted or given, else 0.
+        """
+
     def create(
         self, connection: Connection, metadata: MetaData, tables: Sequence[Table]
     ) -> None:
@@ -135,6 +187,41 @@ class Sqlite(SqlDialect):
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
 
+    def statements_options(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """A word is sent once, however often a statement has it."""
+        return super().statements_options(connect_s, answer_s) | {"paramstyle": "named"}
+
+    def limits(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """For another process's lock."""
+        return {"timeout": answer_s}
+
+    def prepare_for_statements(self, engine: Engine, answer_s: int) -> None:
+        """Let a statement be there when its process is killed, not its host."""
+
+        def set_up(connection: Any, _record: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA synchronous=NORMAL")
+            cursor.execute(f"PRAGMA busy_timeout={answer_s * 1000}")
+            cursor.close()
+
+        event.listen(engine, "connect", set_up)
+
+    def statement_now(self) -> ColumnElement[float]:
+        """SQLite is on this host."""
+        return bindparam("now", type_=Float)
+
+    def upsert(
+        self,
+        row: Mapping[Column[Any], Any],
+        is_given: ColumnElement[Any],
+        changes: Mapping[Column[Any], Any],
+        mark: Column[Any],
+    ) -> Insert:
+        """By ON CONFLICT."""
+        from sqlalchemy.dialects.sqlite import insert
+
+        return _on_conflict(insert, row, is_given, changes, mark)
+
     def now(self) -> ColumnElement[float]:
         """SQLite is on this host, so its time is this process's."""
         return literal(time.time(), Float)
@@ -158,6 +245,7 @@ class Postgresql(SqlDialect):
     driver = "postgresql+psycopg"
     library = "psycopg"
     extra = "postgres"
+    has_limits = False
 
     def engine_options(self) -> dict[str, Any]:
         """Notice a dead connection before it is used, and a host that has vanished."""
@@ -172,6 +260,26 @@ class Postgresql(SqlDialect):
             },
             **_POOL,
         }
+
+    def limits(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """It has none for an answer."""
+        return {"connect_timeout": connect_s}
+
+    def statement_now(self) -> ColumnElement[float]:
+        """Not clock_timestamp(), which goes on inside a statement."""
+        return cast(func.extract("epoch", func.statement_timestamp()), Float(53))
+
+    def upsert(
+        self,
+        row: Mapping[Column[Any], Any],
+        is_given: ColumnElement[Any],
+        changes: Mapping[Column[Any], Any],
+        mark: Column[Any],
+    ) -> Insert:
+        """By ON CONFLICT."""
+        from sqlalchemy.dialects.postgresql import insert
+
+        return _on_conflict(insert, row, is_given, changes, mark)
 
     def now(self) -> ColumnElement[float]:
         """It goes on inside a transaction."""
@@ -237,6 +345,41 @@ class Mysql(SqlDialect):
     def prepare(self, engine: Engine) -> None:
         """Let a list end quietly whose server has died."""
         event.listen(engine, "handle_error", _forget_unread)
+
+    def limits(self, connect_s: int, answer_s: int) -> dict[str, Any]:
+        """For each piece of an answer."""
+        return {
+            "connect_timeout": connect_s,
+            "read_timeout": answer_s,
+            "write_timeout": answer_s,
+        }
+
+    def statement_now(self) -> ColumnElement[float]:
+        """As of its statement."""
+        return self.now()
+
+    def upsert(
+        self,
+        row: Mapping[Column[Any], Any],
+        is_given: ColumnElement[Any],
+        changes: Mapping[Column[Any], Any],
+        mark: Column[Any],
+    ) -> Insert:
+        """
+        By ON DUPLICATE KEY UPDATE.
+
+        It assigns from left to right, and what comes later sees the new values.
+        """
+        from sqlalchemy.dialects.mysql import insert
+
+        statement = insert(mark.table).values({**row, mark: _ONE})
+        assigned: list[tuple[str, Any]] = [
+            (mark.name, case((is_given, _ONE), else_=_ZERO))
+        ]
+        for column, value in changes.items():
+            given = case((mark == _ONE, value), else_=column)
+            assigned.append((column.name, given))
+        return statement.on_duplicate_key_update(assigned)
 
     def now(self) -> ColumnElement[float]:
         """As of its statement, so that an index may be used to compare with it."""
@@ -334,6 +477,34 @@ def dialect_of(url: URL) -> tuple[SqlDialect, URL]:
     # SQLAlchemy tells MariaDB from MySQL by itself.
     name = dialect.driver.partition("+")[0]
     return dialect, url.set(drivername=f"{name}+{driver}")
+
+
+_ZERO, _ONE = literal_column("0", Integer), literal_column("1", Integer)
+
+
+def _on_conflict(
+    insert: Any,
+    row: Mapping[Column[Any], Any],
+    is_given: ColumnElement[Any],
+    changes: Mapping[Column[Any], Any],
+    mark: Column[Any],
+) -> Insert:
+    table = mark.table
+    statement: Insert = (
+        insert(table)
+        .values({**row, mark: _ONE})
+        .on_conflict_do_update(
+            index_elements=[*table.primary_key],
+            set_={
+                mark: case((is_given, _ONE), else_=_ZERO),
+                **{
+                    column: case((is_given, value), else_=column)
+                    for column, value in changes.items()
+                },
+            },
+        )
+    )
+    return statement
 
 
 def _code(error: DBAPIError) -> int | None:

@@ -18,6 +18,9 @@ from celery_resilience.crashes.store import StartStore
 from celery_resilience.failed.redis_store import RedisFailedTaskStore
 from celery_resilience.failed.sql_store import SqlFailedTaskStore
 from celery_resilience.failed.store import FailedTaskStore
+from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
+from celery_resilience.idempotency.sql_store import SqlKeyStore
+from celery_resilience.idempotency.store import KeyStore
 from celery_resilience.stores.redis import RedisServer
 from celery_resilience.stores.sql import SqlDatabase
 
@@ -102,13 +105,19 @@ class Backend:
             return RedisStartStore(self._redis(namespace), keep_s=3_600)
         return SqlStartStore(self._database(), namespace)
 
+    def keys(self, namespace: str) -> KeyStore:
+        """The idempotency keys of an app."""
+        if self._url.startswith("redis"):
+            return RedisKeyStore(self._redis(namespace, **LIMITS))
+        return SqlKeyStore(self._database(), namespace)
+
     def close(self) -> None:
         """Close every connection."""
         for opened in self._opened:
             opened.close()
 
-    def _redis(self, namespace: str) -> RedisServer:
-        server = RedisServer(self._url, namespace)
+    def _redis(self, namespace: str, **limits: float) -> RedisServer:
+        server = RedisServer(self._url, namespace, **limits)
         self._opened.append(server)
         return server
 

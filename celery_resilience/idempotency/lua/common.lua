@@ -1,0 +1,33 @@
+-- What every script of this folder begins with: one hash for a key, which Redis
+-- itself forgets. Times are seconds of Redis's clock, the same in a whole script.
+
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+
+local function as_text(seconds)
+  return string.format('%.6f', seconds)
+end
+
+local function hash_of(key)
+  return KEYS[1] .. 'key:' .. key
+end
+
+-- Redis keeps a key for the whole millisecond in which it expires.
+local function forget_at(key, at)
+  redis.call('PEXPIREAT', hash_of(key), string.format('%.0f', math.floor(at * 1000) - 1))
+end
+
+-- A claim, as redis_store.py sends it.
+local function claim_of(words)
+  return {
+    key = words[1], name = words[2], task = words[3], owner = words[4],
+    token = words[5], holder = words[6], fingerprint = words[7],
+    lease_s = tonumber(words[8]), keep_s = tonumber(words[9]),
+    dead_holder = words[10], is_forced = words[11] == '1',
+  }
+end
+
+local function has_same_arguments(claim, fingerprint)
+  return fingerprint == '' or claim.fingerprint == '' or fingerprint == claim.fingerprint
+end
+

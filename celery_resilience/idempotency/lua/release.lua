@@ -1,0 +1,11 @@
+-- Undo a reservation. ARGV: its key and its owner.
+
+local hash = hash_of(ARGV[1])
+local found = redis.call('HMGET', hash, 'state', 'owner', 'token')
+if found[1] ~= 'queued' or found[2] ~= ARGV[2] then return end
+if found[3] == '' then
+  redis.call('DEL', hash)
+else
+  -- A run of it has ended, and not in success.
+  redis.call('HSET', hash, 'state', 'failed', 'lease_until', as_text(now))
+end
