@@ -322,6 +322,33 @@ def unblocked_timer(consumer: Any) -> Any:
     if timer is None:
         timer = consumer._resilience_timer = timer2.Timer(max_interval=1.0)
     return timer
+def hear_before_giving_back(pool: Any) -> None:
+    """
+    Let the event loop's pool hear a dead child out before it gives its job to another.
+
+    billiard reads what the children that it has found dead had still to say, and then
+    looks at each job whose child is dead by now (``pool.py:1340``, billiard 4.3). One
+    that died in between is not read: that it had started its job is not known, and the
+    job runs again, in the same delivery and uncounted as a crash
+    (``concurrency/asynpool.py:1402``, Celery 5.7). A job that has started after all is
+    left as it is; the pool's next look finds the child dead and its job lost.
+    """
+    pool = pool._pool if is_event_loop_prefork(pool) else None
+    if pool is None or "on_job_process_down" in vars(pool):
+        return
+    give_back = pool.on_job_process_down
+
+    def hear_and_give_back(job: Any, pid_gone: int) -> None:
+        child = job._write_to
+        if not (job._accepted or child is None or child.dead or child._is_alive()):
+            pool.process_flush_queues(child)
+            if job._accepted:
+                return
+        give_back(job, pid_gone)
+
+    pool.on_job_process_down = hear_and_give_back
+
+
 
 
 # --- the self-check ------------------------------------------------------------------
@@ -414,3 +441,7 @@ def missing_doors(doors: Mapping[str, Callable[[], bool]]) -> list[str]:
         except Exception as exc:
             missing.append(f"{name} ({type(exc).__name__}: {exc})")
     return missing
+    "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
+        _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
+        and _has_parameters(AsynPool.process_flush_queues, "proc")
+    ),
