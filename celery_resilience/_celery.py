@@ -158,12 +158,26 @@ def is_acknowledged_on(task: Task[Any, Any], *, time_limit: bool) -> bool:
     Whether a late-acked task is acknowledged when it failed.
 
     Celery 5.7 has one option each for failures and time limits; before it,
-    one for both.
+    one for both, and an option of the later name means nothing.
     """
-    flag = getattr(task, "acks_on_timeout" if time_limit else "acks_on_failure", None)
+    name = "acks_on_timeout" if time_limit else "acks_on_failure"
+    flag = getattr(task, name) if hasattr(Task, name) else None
     if flag is None:
         flag = task.acks_on_failure_or_timeout
     return True if flag is None else bool(flag)
+
+
+def time_limit_of(task: Task[Any, Any], *, soft: bool = False) -> float | None:
+    """
+    Seconds until a run of *task* is ended in a prefork pool; None: never.
+
+    A task takes the app's limit as its own since Celery 5.7. Before it, the pool
+    has the app's limit, for tasks without their own.
+    """
+    name = "soft_time_limit" if soft else "time_limit"
+    own: float | None = getattr(task, name)
+    app: float | None = task.app.conf[f"task_{name}"]
+    return app if own is None else own
 
 
 def task_ready(request: Any, *, successful: bool = False) -> None:
@@ -308,20 +322,6 @@ def is_event_loop_prefork(pool: Any) -> bool:
     return isinstance(getattr(pool, "_pool", None), AsynPool)
 
 
-def unblocked_timer(consumer: Any) -> Any:
-    """
-    A timer that fires while tasks run and while the pool is joined.
-
-    The asynchronous prefork pool keeps the event loop's timers going for both
-    (``concurrency/prefork.py:150``, Celery 5.7); with any other pool the main
-    thread may be busy with a task or a join, so that the timer has a thread.
-    """
-    if is_event_loop_prefork(consumer.pool):
-        return consumer.timer
-    timer = getattr(consumer, "_resilience_timer", None)
-    if timer is None:
-        timer = consumer._resilience_timer = timer2.Timer(max_interval=1.0)
-    return timer
 def hear_before_giving_back(pool: Any) -> None:
     """
     Let the event loop's pool hear a dead child out before it gives its job to another.
@@ -349,6 +349,20 @@ def hear_before_giving_back(pool: Any) -> None:
     pool.on_job_process_down = hear_and_give_back
 
 
+def unblocked_timer(consumer: Any) -> Any:
+    """
+    A timer that fires while tasks run and while the pool is joined.
+
+    The asynchronous prefork pool keeps the event loop's timers going for both
+    (``concurrency/prefork.py:150``, Celery 5.7); with any other pool the main
+    thread may be busy with a task or a join, so that the timer has a thread.
+    """
+    if is_event_loop_prefork(consumer.pool):
+        return consumer.timer
+    timer = getattr(consumer, "_resilience_timer", None)
+    if timer is None:
+        timer = consumer._resilience_timer = timer2.Timer(max_interval=1.0)
+    return timer
 
 
 # --- the self-check ------------------------------------------------------------------
@@ -427,6 +441,10 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "Consumer.on_connection_error_after_connected(exc)": lambda: _has_parameters(
         consumers.Consumer.on_connection_error_after_connected, "exc"
     ),
+    "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
+        _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
+        and _has_parameters(AsynPool.process_flush_queues, "proc")
+    ),
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }
 
@@ -441,7 +459,3 @@ def missing_doors(doors: Mapping[str, Callable[[], bool]]) -> list[str]:
         except Exception as exc:
             missing.append(f"{name} ({type(exc).__name__}: {exc})")
     return missing
-    "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
-        _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
-        and _has_parameters(AsynPool.process_flush_queues, "proc")
-    ),

@@ -166,7 +166,8 @@ def test_a_task_id_need_not_be_a_text(make_fleet: FleetMaker, task_id: Any) -> N
 
 def test_a_task_id_that_is_no_text_survives_its_worker(make_fleet: FleetMaker) -> None:
     """Its message is delivered again, and its start is counted under it."""
-    fleet = make_fleet("redis", task_acks_late=True)
+    # Before 5.7, Celery's result backends of keys and values take no UUID.
+    fleet = make_fleet("redis", task_acks_late=True, result_backend=None)
     fleet.conf["broker_transport_options"].update(QUICK_REDIS)
     worker = fleet.worker()
     run, end = fleet.folder / "run", fleet.folder / "end"
@@ -179,7 +180,7 @@ def test_a_task_id_that_is_no_text_survives_its_worker(make_fleet: FleetMaker) -
     eventually(run.exists, within_s=60)
     end.touch()
     skipped = fleet.send("skipped_untold", task_id=uuid4())
-    eventually(lambda: skipped.state == "SUCCESS")
+    eventually(lambda: str(skipped.id) in worker.text)
     assert worker.stop() == 0
     assert worker.outcomes() == {"received": 2, "succeeded": 1, "skipped": 1}
 
