@@ -239,6 +239,22 @@ class Service:
         if user is not None:
             shutil.chown(self.folder, user)
 
+    def _run(self, name: str, *words: str) -> None:
+        """Run one of the server's programs to its end."""
+        done = subprocess.run(
+            [str(self.program(name)), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            user=self.user(),
+            cwd=self.folder,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EndedByItself(
+                f"{name} {described(done.returncode)}; it said:\n{done.stdout}"
+            )
+
     def _spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with open(self.folder / "server.log", "ab") as log:
             process = subprocess.Popen(
@@ -444,19 +460,13 @@ class PostgreSQL(Service):
         return "nobody"
 
     def prepare(self) -> None:
-        subprocess.run(
-            [
-                str(self.program("initdb")),
-                *("--pgdata", f"{self.folder}/data"),
-                *("--username", "shop"),
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--no-sync",
-            ],
-            check=True,
-            capture_output=True,
-            user=self.user(),
-            cwd=self.folder,
+        self._run(
+            "initdb",
+            *("--pgdata", f"{self.folder}/data"),
+            *("--username", "shop"),
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--no-sync",
         )
 
     def command(self) -> Sequence[str]:
@@ -467,6 +477,28 @@ class PostgreSQL(Service):
             *("-c", "listen_addresses=127.0.0.1"),
             *("-c", f"unix_socket_directories={self.folder}"),
         ]
+
+    def kill(self) -> None:
+        """
+        Kill it with its backends, which lead groups of their own.
+
+        One that outlived it would do what its client asks for, until it notices.
+        """
+        # Stopped, it starts none and reaps none: each pid stays its backend's.
+        self.freeze()
+        backends = [pid for p in self.processes for pid in children_of(p.pid)]
+        for backend in backends:
+            os.kill(backend, signal.SIGKILL)
+        super().kill()
+        # It does not start beside one that still has its shared memory.
+        wait_for(
+            lambda: all(
+                _state_of(Path(f"/proc/{backend}/stat"))[0] in "ZX"
+                for backend in backends
+            ),
+            STOP_TIMEOUT_S,
+            "the backends have ended",
+        )
 
     def container_environment(self) -> dict[str, str]:
         return {"POSTGRES_USER": "shop", "POSTGRES_HOST_AUTH_METHOD": "trust"}
@@ -517,21 +549,16 @@ class MariaDB(Service):
         return "nobody"
 
     def prepare(self) -> None:
-        subprocess.run(
-            [
-                str(self.program("mariadb-install-db")),
-                "--no-defaults",
-                f"--datadir={self.folder}/data",
-                "--auth-root-authentication-method=normal",
-                "--skip-name-resolve",
-                "--innodb-log-file-size=8M",
-                "--innodb-buffer-pool-size=8M",
-                "--innodb-flush-method=nosync",
-            ],
-            check=True,
-            capture_output=True,
-            user=self.user(),
-            cwd=self.folder,
+        self._run(
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={self.folder}/data",
+            f"--tmpdir={self.folder}",
+            "--auth-root-authentication-method=normal",
+            "--skip-name-resolve",
+            "--innodb-log-file-size=8M",
+            "--innodb-buffer-pool-size=8M",
+            "--innodb-flush-method=nosync",
         )
 
     def command(self) -> Sequence[str]:
@@ -539,6 +566,9 @@ class MariaDB(Service):
             str(self.program("mariadbd")),
             "--no-defaults",
             f"--datadir={self.folder}/data",
+            # One that starts deletes every temporary table there, also another
+            # server's, which may then end in the middle of a DESCRIBE.
+            f"--tmpdir={self.folder}",
             f"--port={self.port}",
             "--bind-address=127.0.0.1",
             f"--socket={self.folder}/socket",
@@ -641,6 +671,15 @@ def oom_kills() -> int:
         r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE
     )
     return int(found[1]) if found else 0
+
+
+def children_of(parent: int) -> list[int]:
+    """The pids of a process's children."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if _state_of(path)[1] == str(parent)
+    ]
 
 
 def _state_of(stat: Path) -> list[str]:

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from conftest import deaths
 from polling import eventually
 from services import EndedByItself, Service, exit_code, kill_group
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 
 class Mortal(Service):
@@ -87,6 +92,37 @@ def test_a_server_that_does_not_come_up_is_not_waited_for() -> None:
     with pytest.raises(EndedByItself, match=r"exited with 1(.|\n)*no such option"):
         server.start()
     server.stop()
+
+
+def test_a_killed_postgresql_leaves_no_backend(own_server: Any) -> None:
+    """One that lives on does what its client asks for, and stops the next start."""
+    server = own_server("postgresql")
+    engine = create_engine(server.url, poolclass=NullPool)
+    connection = engine.connect()
+    pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    backend = psutil.Process(pid)
+
+    server.kill()
+
+    assert not backend.is_running() or backend.status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(OperationalError):
+        connection.execute(text("SELECT 1"))
+    connection.invalidate()
+    connection.close()
+    server.start()
+    with engine.connect() as again:
+        assert again.execute(text("SELECT 1")).scalar_one() == 1
+
+
+def test_a_mariadb_shares_no_folder_with_another(own_server: Any) -> None:
+    """One that starts deletes the temporary tables of the others there."""
+    server = own_server("mariadb")
+    engine = create_engine(server.url, poolclass=NullPool)
+
+    with engine.connect() as connection:
+        folder = connection.execute(text("SELECT @@tmpdir")).scalar_one()
+
+    assert Path(folder).is_relative_to(server.folder)
 
 
 def test_a_process_keeps_its_pid_until_its_group_is_killed() -> None:
