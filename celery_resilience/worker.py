@@ -252,7 +252,7 @@ class WorkerSetup:
             for task in self.app.tasks.values()
             if isinstance(task, ResilientTask)
             and task.acks_late
-            and (limit := task.time_limit or 0) > CONSUMER_TIMEOUT_S
+            and (limit := _celery.time_limit_of(task) or 0) > CONSUMER_TIMEOUT_S
         )
         if is_amqp and too_long:
             found.append(

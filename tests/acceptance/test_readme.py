@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +51,8 @@ def test_twenty_lines_run(folder: Path) -> None:
     assert install == "$ pip install celery-resilience\n"
     start, send, look = [line.removeprefix("$ ") for line in session.splitlines()]
     assert typed(start, folder).returncode == 0
-    pid = int(eventually((folder / "worker.pid").exists) and _pid(folder))
+    eventually((folder / "worker.pid").exists)
+    worker = psutil.Process(int(_pid(folder)))
     try:
         assert typed(send, folder).returncode == 0
         listed = eventually(
@@ -71,10 +71,10 @@ def test_twenty_lines_run(folder: Path) -> None:
         assert done.stdout.strip() == expected
         assert typed(look, folder).stdout == ""
         assert typed(end.removeprefix("$ "), folder).returncode == 0
-        eventually(lambda: not psutil.pid_exists(pid), what="the worker ends")
+        eventually(lambda: not worker.is_running(), what="the worker ends")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.terminate()
         eventually(lambda: not (folder / "worker.pid").exists(), what="the worker ends")
 
 
