@@ -42,13 +42,12 @@ def around(owner: Any, name: str, point: str) -> None:
 
 def sabotage(app: Any) -> None:
     """Set every trap; the environment says which one bites."""
-    from celery_resilience.idempotency.redis_store import RedisKeyStore
-    from celery_resilience.idempotency.sql_store import SqlKeyStore
-
     from celery_resilience.failed import collector
     from celery_resilience.failed.inbox import Batch
     from celery_resilience.failed.redis_store import RedisFailedTaskStore
     from celery_resilience.failed.sql_store import SqlFailedTaskStore
+    from celery_resilience.idempotency.redis_store import RedisKeyStore
+    from celery_resilience.idempotency.sql_store import SqlKeyStore
     from celery_resilience.publisher import Publisher
 
     collector.STALE_CLAIM_S = float(os.environ.get("FLEET_STALE_S", "60"))
