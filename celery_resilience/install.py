@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from celery import Celery, signals
 
 from celery_resilience import flags
 from celery_resilience.errors import ConfigurationError, MissingExtra
+from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
     Settings,
     StoreChoice,
@@ -153,7 +154,12 @@ class Installation:
         """
         from celery_resilience.idempotency.registered import task_keys
 
-        return task_keys(task)
+        @cache
+        def hides(name: str) -> bool:
+            names = (*task.redact, *self.settings.redact)
+            return is_hidden(name, frozenset(map(str.lower, names)))
+
+        return task_keys(task, hides)
 
     @property
     def app_dir(self) -> Path:

@@ -29,6 +29,9 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.@+-]*[A-Za-z_@][A-Za-z0-9_.@+-]*")
 #: Between two values that are shown as they are, one of these must stand.
 _SEPARATOR = re.compile(r"[^A-Za-z0-9_.@+\"\\-]")
 
+#: Values that may hold what is hidden, and are long: a name has a digest of them.
+_MANY = (Mapping, list, tuple, set, frozenset, bytes, bytearray)
+
 #: Words that stand for values of other types.
 _WORDS = frozenset({"null", "true", "false"})
 
@@ -64,12 +67,20 @@ class KeyMaker:
             True: all arguments.
         parameters: Of the task's body, without a bound `self`.
         task: The task's name.
+        is_hidden: Whether an argument is never shown: a key has a digest of it.
 
     Raises:
         ConfigurationError: The template names no argument, or does more than that.
     """
 
-    def __init__(self, spec: Spec, parameters: inspect.Signature, task: str) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        parameters: inspect.Signature,
+        task: str,
+        is_hidden: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self._is_hidden = is_hidden
         self._task = task
         self._signature = parameters
         self._binds_simply = _binds_simply(parameters)
@@ -182,6 +193,8 @@ class KeyMaker:
     def _shown(self, name: str, value: Any) -> str:
         """One value in a name: no other value of any type is shown alike."""
         kind = type(value)
+        if isinstance(value, _MANY) or self._is_hidden(name):
+            return f"<#{_digest(self._canonical(name, value))}>"
         if kind is str:
             if self._is_plain and _PLAIN.fullmatch(value) and value not in _WORDS:
                 return str(value)

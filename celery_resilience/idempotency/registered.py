@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,12 @@ class TaskKeys:
     options: KeyOptions
 
 
-def task_keys(task: type[Any]) -> TaskKeys | None:
+def task_keys(task: type[Any], is_hidden: Callable[[str], bool]) -> TaskKeys | None:
     """
     How the keys of *task* are made; None where it has none.
+
+    Args:
+        is_hidden: Whether an argument of a name is never shown.
 
     Raises:
         ConfigurationError: An option, or the key's template, is wrong.
@@ -44,7 +47,8 @@ def task_keys(task: type[Any]) -> TaskKeys | None:
         if options.is_unique_enqueue:
             raise ConfigurationError("unique_enqueue needs an idempotency_key")
         return None
-    return TaskKeys(KeyMaker(spec, _signature(task), task.name), options)
+    maker = KeyMaker(spec, _signature(task), task.name, is_hidden)
+    return TaskKeys(maker, options)
 
 
 def _plain(task: type[Any], name: str) -> Any:

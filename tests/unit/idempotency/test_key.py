@@ -197,6 +197,25 @@ def test_two_tasks_never_share_a_key(a: str, b: str, c: str, d: str) -> None:
     assert store_key("shop", a, b) != store_key("shop2", a, b)
 
 
+def test_what_is_hidden_is_not_in_a_name() -> None:
+    """Nor what may hold it: a digest stands for the value."""
+
+    def body(card: Any, order: Any) -> None: ...
+
+    hidden = KeyMaker(
+        "{card}:{order}", inspect.signature(body), "x", lambda name: name == "card"
+    )
+    made = [
+        hidden.make((card, order), {})
+        for card in ("4111", 4111)
+        for order in ({"pin": "9876"}, {"pin": 9876}, ["9876"])
+    ]
+
+    names = [key.name for key in made if key is not None]
+    assert len(set(names)) == len(names) == 6
+    assert not any("4111" in name or "9876" in name for name in names)
+
+
 # --- fingerprints ---------------------------------------------------------------------
 
 
