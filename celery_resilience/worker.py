@@ -25,7 +25,7 @@ from celery_resilience.delivery.facts import FactsChannel, NoFacts
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.request import build_request_class
-from celery_resilience.errors import ConfigurationError
+from celery_resilience.errors import ConfigurationError, ResilienceError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
 from celery_resilience.failed.spool import Spool
@@ -185,6 +185,11 @@ class WorkerSetup:
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
                 log.started(self.warnings())
+                if self._keyed_tasks():
+                    # The store may be slow, and this process waits for nobody.
+                    threading.Thread(
+                        target=self._look_at_key_store, daemon=True
+                    ).start()
 
         def on_shutting_down(sender: Any = None, **_: Any) -> None:
             if sender == hostname:
@@ -263,13 +268,24 @@ class WorkerSetup:
             )
         return found + self._weak_keys()
 
-    def _weak_keys(self) -> list[str]:
-        """Tasks whose idempotency key holds less than it seems."""
-        keyed = [
+    def _keyed_tasks(self) -> list[ResilientTask]:
+        return [
             task
             for task in self.app.tasks.values()
             if isinstance(task, ResilientTask) and task.has_key
         ]
+
+    def _look_at_key_store(self) -> None:
+        try:
+            store = self.installation.key_store()
+            for weakness in () if store is None else store.weaknesses():
+                logger.warning("idempotency keys may be forgotten: %s", weakness)
+        except ResilienceError as exc:
+            logger.warning("idempotency keys: %s", exc)
+
+    def _weak_keys(self) -> list[str]:
+        """Tasks whose idempotency key holds less than it seems."""
+        keyed = self._keyed_tasks()
         found = []
         if keyed and self.installation.store_choice.url is None:
             found.append(

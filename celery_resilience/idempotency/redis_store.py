@@ -91,6 +91,10 @@ class RedisKeyStore:
         """Undo the reservation of *key* by the message *owner*."""
         self._run("release", key, stored(owner))
 
+    def weaknesses(self) -> Sequence[str]:
+        """How this Redis may forget keys before their time."""
+        return self._server.weaknesses()
+
     # --- for those who look after keys ---------------------------------------------
 
     def get(self, key: str) -> KeyRecord | None:

@@ -179,6 +179,10 @@ class SqlKeyStore:
 
         self._asked(released)
 
+    def weaknesses(self) -> Sequence[str]:
+        """None: a database keeps what it has confirmed."""
+        return ()
+
     # --- for those who look after keys ---------------------------------------------
 
     def get(self, key: str) -> KeyRecord | None:

@@ -83,6 +83,10 @@ class KeyStore(Protocol):
         """Undo the reservation of *key* by the message *owner*; a run keeps its key."""
         ...
 
+    def weaknesses(self) -> Sequence[str]:
+        """How this store may forget keys before their time, a sentence each."""
+        ...
+
     # --- for those who look after keys ---------------------------------------------
 
     def get(self, key: str) -> KeyRecord | None:

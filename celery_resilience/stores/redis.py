@@ -151,6 +151,9 @@ class RedisServer:
     def close(self) -> None:
         """Close this process's connections."""
         if self._client is not None and self._pid == os.getpid():
+            if self._url.startswith("redis+cluster:"):
+                # Its close() leaves the pools of its nodes open (redis-py 8.1).
+                self._client.disconnect_connection_pools()
             self._client.close()
             self._client = None
             self._scripts = {}
@@ -205,21 +208,54 @@ class RedisServer:
         except (redis.RedisError, OSError) as exc:
             raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
 
+    def weaknesses(self) -> list[str]:
+        """
+        How this Redis may forget what it holds, a sentence each.
+
+        Raises:
+            StoreUnavailable: Redis did not answer.
+        """
+        with self.client() as client:
+            eviction = self._eviction(client, ("allkeys", "volatile"))
+            found = [eviction] if eviction else []
+            if self._is_in_memory_only(client):
+                found.append(
+                    f"{self._shown()} keeps nothing on disk, and forgets all when it "
+                    "restarts: set appendonly yes"
+                )
+        return found
+
     def _warn_of_eviction(self, client: Any) -> None:
+        # Failed tasks do not expire: policies for what does leave them alone.
+        eviction = self._eviction(client, ("allkeys",))
+        if eviction:
+            logger.warning(eviction)
+
+    def _eviction(self, client: Any, kinds: tuple[str, ...]) -> str | None:
         from redis.exceptions import RedisError
 
         try:
             memory = client.info("memory")
         except RedisError:
-            return  # not allowed to ask
+            return None  # not allowed to ask
         policy = str(memory.get("maxmemory_policy", ""))
-        if memory.get("maxmemory") and policy.startswith("allkeys"):
-            logger.warning(
-                "%s evicts keys when its memory is full (maxmemory-policy %s), and "
-                "failed tasks with them: set maxmemory-policy to noeviction",
-                self._shown(),
-                policy,
-            )
+        if not memory.get("maxmemory") or not policy.startswith(kinds):
+            return None
+        return (
+            f"{self._shown()} evicts keys when its memory is full (maxmemory-policy "
+            f"{policy}), and failed tasks and idempotency keys with them: set "
+            "maxmemory-policy to noeviction"
+        )
+
+    def _is_in_memory_only(self, client: Any) -> bool:
+        from redis.exceptions import RedisError
+
+        try:
+            if client.info("persistence").get("aof_enabled"):
+                return False
+            return not client.config_get("save").get("save")
+        except RedisError:
+            return False  # not allowed to ask
 
     def _shown(self) -> str:
         return without_password(self._url)
