@@ -18,6 +18,7 @@ from billiard.common import human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import signals, states
 from celery.app.task import Context, Task
+from celery.backends.base import DisabledBackend
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.solo import TaskPool as SoloPool
@@ -150,6 +151,23 @@ def enter_body(request: Any) -> None:
     request._protected = 1
 
 
+def stores_result(task: Any, request: Any) -> bool:
+    """Whether the result backend stores what this run returns."""
+    ignores = request.ignore_result
+    if ignores is None:
+        ignores = task.ignore_result
+    return not ignores and not isinstance(task.backend, DisabledBackend)
+
+
+def let_canvas_go(request: Any) -> None:
+    """
+    Send nothing of what follows *request* in its canvas: that has been done.
+
+    The tracer reads these after the body (``app/trace.py``, Celery 5.7).
+    """
+    request.callbacks = request.chain = request.chord = None
+
+
 # --- settling a request ----------------------------------------------------------
 
 
@@ -158,12 +176,26 @@ def is_acknowledged_on(task: Task[Any, Any], *, time_limit: bool) -> bool:
     Whether a late-acked task is acknowledged when it failed.
 
     Celery 5.7 has one option each for failures and time limits; before it,
-    one for both.
+    one for both, and an option of the later name means nothing.
     """
-    flag = getattr(task, "acks_on_timeout" if time_limit else "acks_on_failure", None)
+    name = "acks_on_timeout" if time_limit else "acks_on_failure"
+    flag = getattr(task, name) if hasattr(Task, name) else None
     if flag is None:
         flag = task.acks_on_failure_or_timeout
     return True if flag is None else bool(flag)
+
+
+def time_limit_of(task: Task[Any, Any], *, soft: bool = False) -> float | None:
+    """
+    Seconds until a run of *task* is ended in a prefork pool; None: never.
+
+    A task takes the app's limit as its own since Celery 5.7. Before it, the pool
+    has the app's limit, for tasks without their own.
+    """
+    name = "soft_time_limit" if soft else "time_limit"
+    own: float | None = getattr(task, name)
+    app: float | None = task.app.conf[f"task_{name}"]
+    return app if own is None else own
 
 
 def task_ready(request: Any, *, successful: bool = False) -> None:
@@ -308,6 +340,33 @@ def is_event_loop_prefork(pool: Any) -> bool:
     return isinstance(getattr(pool, "_pool", None), AsynPool)
 
 
+def hear_before_giving_back(pool: Any) -> None:
+    """
+    Let the event loop's pool hear a dead child out before it gives its job to another.
+
+    billiard reads what the children that it has found dead had still to say, and then
+    looks at each job whose child is dead by now (``pool.py:1340``, billiard 4.3). One
+    that died in between is not read: that it had started its job is not known, and the
+    job runs again, in the same delivery and uncounted as a crash
+    (``concurrency/asynpool.py:1402``, Celery 5.7). A job that has started after all is
+    left as it is; the pool's next look finds the child dead and its job lost.
+    """
+    pool = pool._pool if is_event_loop_prefork(pool) else None
+    if pool is None or "on_job_process_down" in vars(pool):
+        return
+    give_back = pool.on_job_process_down
+
+    def hear_and_give_back(job: Any, pid_gone: int) -> None:
+        child = job._write_to
+        if not (job._accepted or child is None or child.dead or child._is_alive()):
+            pool.process_flush_queues(child)
+            if job._accepted:
+                return
+        give_back(job, pid_gone)
+
+    pool.on_job_process_down = hear_and_give_back
+
+
 def unblocked_timer(consumer: Any) -> Any:
     """
     A timer that fires while tasks run and while the pool is joined.
@@ -399,6 +458,10 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     ),
     "Consumer.on_connection_error_after_connected(exc)": lambda: _has_parameters(
         consumers.Consumer.on_connection_error_after_connected, "exc"
+    ),
+    "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
+        _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
+        and _has_parameters(AsynPool.process_flush_queues, "proc")
     ),
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }

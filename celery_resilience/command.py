@@ -158,6 +158,11 @@ def _stats() -> None:
     click.option("--dry-run", is_flag=True, help="Say what would be sent."),
     click.option("--to-queue", metavar="Q", help="Another queue than the original."),
     click.option("--new-id", is_flag=True, help="Give each message a new task id."),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Run what has an idempotency key that is done or interrupted, too.",
+    ),
     click.option("--wait", is_flag=True, help="Wait until every replay has ended."),
     _output("text", "json"),
 )

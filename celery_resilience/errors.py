@@ -171,3 +171,31 @@ class TooManyCrashes(ResilienceError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.runs)
+
+
+class NoKey(ResilienceError, TypeError):
+    """No idempotency key can be made of these arguments."""
+
+
+class KeyMismatch(ResilienceError):
+    """The idempotency key belongs to a call with other arguments."""
+
+
+class AlreadyRunning(ResilienceError):
+    """Another run has the idempotency key."""
+
+
+class AlreadyDone(ResilienceError):
+    """The effect of this idempotency key has happened."""
+
+
+class RunInterrupted(ResilienceError):
+    """An earlier run of this key ended with its process: its effect may have happened."""
+
+
+class AskAgain(SendAgain):
+    """Tell the main process to send the message again, as a snooze.
+
+    Not a Snooze, with which Celery would store RETRY over what the run has stored that
+    this message is a redelivery of.
+    """

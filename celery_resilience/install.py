@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from celery import Celery, signals
 
 from celery_resilience import flags
 from celery_resilience.errors import ConfigurationError, MissingExtra
+from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
     Settings,
     StoreChoice,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
     from celery_resilience.failed.task import ReplayFence
+    from celery_resilience.idempotency.registered import TaskKeys
+    from celery_resilience.idempotency.send import KeySender
+    from celery_resilience.idempotency.task import KeyGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -87,6 +91,7 @@ class ChildRooms:
 
     fence: ReplayFence
     starts: StartGuard
+    keys: KeyGuard
     facts: TellsFacts
     is_ending: IsEnding
 
@@ -132,6 +137,29 @@ class Installation:
             app_dir=self.app_dir,
             broker_tls=conf.broker_use_ssl,
         )
+
+    @cached_property
+    def key_sender(self) -> KeySender:
+        """Sends the messages of tasks with keys."""
+        from celery_resilience.idempotency.send import KeySender
+
+        return KeySender(self.key_store, namespace=self.settings.namespace)
+
+    def task_keys(self, task: type[ResilientTask]) -> TaskKeys | None:
+        """
+        How the keys of *task* are made; None where it has none.
+
+        Raises:
+            ConfigurationError: An option, or the key's template, is wrong.
+        """
+        from celery_resilience.idempotency.registered import task_keys
+
+        @cache
+        def hides(name: str) -> bool:
+            names = (*task.redact, *self.settings.redact)
+            return is_hidden(name, frozenset(map(str.lower, names)))
+
+        return task_keys(task, hides)
 
     @property
     def app_dir(self) -> Path:

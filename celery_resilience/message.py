@@ -19,6 +19,12 @@ from uuid import UUID
 #: everything that we write on a message is below it.
 HEADER = "resilience"
 
+#: The mark by which a message carries its idempotency key: it says nothing of a past.
+KEY = "key"
+
+#: Characters of a key's name, and of the name of a process.
+MAX_KEY = 255
+
 #: Headers that tell of a message's past deliveries, not of the task; and those by
 #: which RabbitMQ would send a copy to other queues too.
 DELIVERY_HEADERS = frozenset(
@@ -115,6 +121,12 @@ def marks_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+def has_past(headers: Mapping[str, Any]) -> bool:
+    """Whether a message with these headers was replayed or sent again."""
+    marks = headers.get(HEADER)
+    return bool(marks) and (not isinstance(marks, dict) or marks.keys() != {KEY})
+
+
 def _is_count(mark: Any) -> bool:
     return isinstance(mark, int) and not isinstance(mark, bool) and mark >= 0
 
@@ -132,11 +144,23 @@ def _is_replay(mark: Any) -> bool:
     )
 
 
+def _is_key(mark: Any) -> bool:
+    return (
+        isinstance(mark, list | tuple)
+        and len(mark) == 2
+        and all(isinstance(text, str) for text in mark)
+        and 1 <= len(mark[0]) <= MAX_KEY
+    )
+
+
 #: What each of our marks must be to count.
 _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "alone": lambda mark: isinstance(mark, bool),
+    "crashed": lambda mark: isinstance(mark, str) and 1 <= len(mark) <= MAX_KEY,
     "crashed_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "crashes": _is_count,
+    "forced": lambda mark: isinstance(mark, bool),
+    "key": _is_key,
     "redeliveries": _is_count,
     "replay": _is_replay,
     "sent": lambda mark: isinstance(mark, str) and mark != "",

@@ -156,7 +156,13 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _is_hidden(name: str, names: frozenset[str]) -> bool:
+def is_hidden(name: str, names: frozenset[str]) -> bool:
+    """
+    Whether the value of an argument is never shown.
+
+    Args:
+        names: Hidden besides the usual ones, in lower case.
+    """
     lower = name.lower()
     plain = re.sub(r"[^a-z0-9]", "_", lower)
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]", "_", name).lower()
@@ -185,7 +191,7 @@ class _Look:
 
     def show_named(self, name: str, value: Any, depth: int) -> str:
         """The text of a value, or a mask where its name is hidden."""
-        if name and _is_hidden(name, self._names):
+        if name and is_hidden(name, self._names):
             self._remember(value)
             return f"'{MASK}'"
         return self.show(value, depth)
@@ -224,7 +230,7 @@ class _Look:
             if len(shown) < MAX_ITEMS:
                 text = self.show_named(name, inner, depth + 1)
                 shown.append(f"{self.show(key, depth + 1)}: {text}")
-            elif name and _is_hidden(name, self._names):
+            elif name and is_hidden(name, self._names):
                 self._remember(inner)
         return "{" + ", ".join(_and_more(shown, len(value))) + "}"
 

@@ -23,7 +23,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "if_store_down": "wait",
     "circuits": {},
     "memory_recycle_mib": None,
     "memory_limit_mib": None,
@@ -121,6 +120,12 @@ def _log_format(value: Any) -> str:
     if value in ("json", "logfmt"):
         return str(value)
     raise _Refused('"json", "logfmt" or None')
+
+
+def _if_store_down(value: Any) -> str:
+    if value in ("wait", "run"):
+        return str(value)
+    raise _Refused('"wait" or "run"')
 
 
 #: Kinds of store, by the start of their URL, with the URL to write.
@@ -254,6 +259,12 @@ class Settings:
     )
     max_crashes: int = _setting(
         3, _count, "Runs that may kill their process before the task is failed."
+    )
+    if_store_down: str = _setting(
+        "wait",
+        _if_store_down,
+        "What a task with an idempotency key does while the store is away: wait for it, "
+        "or run without its key.",
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."

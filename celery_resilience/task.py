@@ -24,11 +24,14 @@ from celery_resilience.errors import (
     TaskExited,
 )
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, id_text, marks_of
+from celery_resilience.message import HEADER, KEY, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 
 if TYPE_CHECKING:
+    from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
+    from celery_resilience.idempotency.registered import TaskKeys
+    from celery_resilience.idempotency.task import KeyedRun
     from celery_resilience.install import ChildRooms, Installation
 
 #: Where a request remembers the exception with which its retries were spent.
@@ -37,8 +40,17 @@ EXHAUSTED = "_resilience_exhausted"
 #: Where a request remembers that another message reports how its replay ended.
 REPLACED = "_resilience_replaced"
 
-#: Marks that a retry or a replacement inherits: it belongs to the same replay.
-INHERITED_MARKS = ("replay",)
+#: Marks that a retry inherits: it belongs to the same replay, and has the same key.
+INHERITED_MARKS = ("replay", KEY)
+
+#: Those that another task inherits.
+INHERITED_BY_ANOTHER = ("replay",)
+
+#: Where a request remembers the name of its key, its run with it, and that another
+#: task goes on under its id.
+KEY_NAME = "_resilience_key"
+KEYED_RUN = "_resilience_run"
+HANDED_OVER = "_resilience_handed_over"
 
 
 #: Names of arguments; one string is no list of them.
@@ -57,6 +69,13 @@ class TaskOptions(TypedDict, total=False):
     failed_queue: str | Literal[False] | None
     redact: Names
     max_crashes: int | None
+    idempotency_key: str | Literal[True] | Callable[..., str | None] | None
+    idempotency_keep_s: float
+    idempotency_lease_s: float
+    if_running: IfRunning
+    if_done: IfDone
+    if_interrupted: IfInterrupted
+    unique_enqueue: bool
 
 
 class ResilientTask(Task):  # type: ignore[type-arg]
@@ -73,6 +92,23 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             `resilience_redact`.
         max_crashes: Runs that may kill their process before the task is failed;
             None: `resilience_max_crashes`.
+        idempotency_key: Names the effect of a call, which happens once: a template
+            over the arguments, such as "charge:{order_id}"; a callable that takes
+            them and returns the key, or None for no key; or True: all arguments. With
+            it `acks_late` and `reject_on_worker_lost` are True unless the task says
+            otherwise.
+        idempotency_keep_s: Seconds a finished key is remembered.
+        idempotency_lease_s: Seconds a run holds its key without a heartbeat.
+        if_running: What becomes of a duplicate while another run has the key:
+            "snooze" (it looks again later), "skip" (it ends; within a canvas it is
+            snoozed) or "error".
+        if_done: What becomes of a duplicate of a finished one: "return_saved" (it ends
+            as SUCCESS with the saved result), "error" or "rerun".
+        if_interrupted: What becomes of a run after one that ended with its process, of
+            which nobody knows whether it had its effect: "rerun", "fail", or a callable
+            that takes the arguments, looks, and returns whether the effect happened.
+        unique_enqueue: A second send while the first waits is not sent, and returns
+            the first one's AsyncResult.
     """
 
     abstract = True
@@ -80,10 +116,27 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     failed_queue: str | Literal[False] | None = None
     redact: Names = ()
     max_crashes: int | None = None
+    idempotency_key: str | Literal[True] | Callable[..., str | None] | None = None
+    idempotency_keep_s: float = 86_400.0
+    idempotency_lease_s: float = 60.0
+    if_running: IfRunning = "snooze"
+    if_done: IfDone = "return_saved"
+    if_interrupted: IfInterrupted = "rerun"
+    unique_enqueue: bool = False
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
     _base_has_a_call: ClassVar[bool] = True
+    _keys: ClassVar[TaskKeys | None] = None
+
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Bind to *app*; a key asks that a message outlives its worker."""
+        if cls.idempotency_key is not None:
+            for name in ("acks_late", "reject_on_worker_lost"):
+                if getattr(cls, name) is None:
+                    setattr(cls, name, True)
+        return super().bind(app)
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -92,7 +145,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
-        check_options(cls)
+        cls._keys = check_options(cls, cls._installation)
         super().on_bound(app)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,8 +155,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         Where they are off, or the task is applied eagerly, only Skip is ours.
 
         0. replay fence and crash count, only for messages with a past;
-        1. the body;
-        2. the facts of a failure, for the settlement in the main process.
+        1. the idempotency key is taken;
+        2. the body;
+        3. the key is finished;
+        4. the facts of a failure, for the settlement in the main process.
         """
         request = self.request_stack.top
         rooms = None if self._installation is None else self._installation.child
@@ -123,6 +178,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         try:
             if HEADER in request.__dict__ or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
+            if self._keys is not None:
+                return self._run_keyed(rooms, request, args, kwargs)
             if self._base_has_a_call:
                 return super().__call__(*args, **kwargs)
             _celery.enter_body(request)
@@ -149,6 +206,51 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
+
+    def _run_keyed(
+        self,
+        rooms: ChildRooms,
+        request: Context,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the body between taking a key and saying what it came to."""
+        with soft_limit_deferred():
+            run = self._begin_keyed(rooms, request, args, kwargs)
+        try:
+            if self._base_has_a_call:
+                result = super().__call__(*args, **kwargs)
+            else:
+                _celery.enter_body(request)
+                result = self.run(*args, **kwargs)
+            if run is not None:
+                with soft_limit_deferred():
+                    run.done(result)
+        except BaseException as exc:
+            if run is not None:
+                with soft_limit_deferred():
+                    if HANDED_OVER in vars(request):
+                        run.handed_over()
+                    run.ended_by(exc, is_ending=rooms.is_ending(exc))
+            exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
+            raise
+        return result
+
+    def _begin_keyed(
+        self,
+        rooms: ChildRooms,
+        request: Context,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> KeyedRun | None:
+        assert self._keys is not None
+        marks = marks_of(request.__dict__)
+        call = rooms.keys.call(self, self._keys, request, marks, args, kwargs)
+        if call is None:
+            return None
+        vars(request)[KEY_NAME] = call.name
+        run = vars(request)[KEYED_RUN] = rooms.keys.begin(call)
+        return run
 
     def _before_body(
         self, rooms: ChildRooms, request: Context
@@ -178,6 +280,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             facts = describe(exc, package)
             if vars(request).get(EXHAUSTED) == id(exc):
                 facts["reason"] = Reason.RETRIES_EXHAUSTED
+            if KEY_NAME in vars(request):
+                facts["idempotency_key"] = vars(request)[KEY_NAME]
             rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +306,48 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 vars(request)[EXHAUSTED] = id(exc)
             raise
 
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """
+        Celery's, with the message's key: made here once, for whatever becomes of it.
+
+        Raises:
+            NoKey: No key can be made of these arguments.
+        """
+        keys, installation = self._keys, self._installation
+        publish = super().apply_async
+        if keys is None or installation is None or not installation.settings.enabled:
+            return publish(args, kwargs, task_id, *more, **options)
+        request = self.request_stack.top
+        is_own = request is not None and task_id is not None and task_id == request.id
+        return installation.key_sender.send(
+            self,
+            keys,
+            publish,
+            args,
+            kwargs,
+            task_id,
+            more,
+            options,
+            retried=vars(request).get(KEYED_RUN) if is_own else None,
+        )
+
+    @property
+    def has_key(self) -> bool:
+        """Whether its calls have idempotency keys."""
+        return self._keys is not None
+
+    @property
+    def resilience(self) -> RunView:
+        """What the running body may ask of celery-resilience."""
+        return RunView(self.request_stack.top)
+
     def signature_from_request(
         self, request: Context | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -218,7 +364,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def on_replace(self, sig: Any) -> Any:
         """Celery's replacement, which belongs to the same replay."""
         request = self.request_stack.top
-        marks = inherited_marks(request)
+        if request is not None and KEYED_RUN in vars(request):
+            vars(request)[HANDED_OVER] = True
+        marks = inherited_marks(request, INHERITED_BY_ANOTHER)
         if request is not None and marks:
             heir = _celery.signature_of(sig, request.id)
             if heir is not None and isinstance(
@@ -268,10 +416,43 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         return (*self.redact, *(settings.redact if settings else ()))
 
 
-def inherited_marks(request: Context | None) -> dict[str, Any]:
-    """The header by which what follows a run belongs to the same replay, or {}."""
+class RunView:
+    """
+    The running body's view of what surrounds it, as `self.resilience`.
+
+    Args:
+        request: Of the run; None outside of one.
+    """
+
+    def __init__(self, request: Context | None) -> None:
+        self._said = {} if request is None else vars(request)
+
+    @property
+    def key(self) -> str | None:
+        """
+        The idempotency key of this run, the same in each run of the same effect.
+
+        Hand it to a service that takes one: what a key cannot undo, the service then
+        does not repeat. None outside of a worker, and for a call without a key.
+        """
+        return self._said.get(KEY_NAME)
+
+    @property
+    def fencing_token(self) -> int:
+        """A number that grows with each run of the same key; 0 without a key."""
+        run = self._said.get(KEYED_RUN)
+        return 0 if run is None else run.epoch
+
+
+def inherited_marks(
+    request: Context | None, names: tuple[str, ...] = INHERITED_MARKS
+) -> dict[str, Any]:
+    """The header by which what follows a run belongs to it, or {}."""
     marks = marks_of(None if request is None else vars(request))
-    kept = {name: marks[name] for name in INHERITED_MARKS if name in marks}
+    kept = {name: marks[name] for name in names if name in marks}
+    if KEY in names and request is not None and KEYED_RUN in vars(request):
+        claim = vars(request)[KEYED_RUN].claim
+        kept[KEY] = [claim.name, claim.fingerprint]
     return {HEADER: kept} if kept else {}
 
 
@@ -332,13 +513,6 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 #: Options of the public contract whose feature this release does not have.
 NOT_IN_THIS_RELEASE = (
-    "idempotency_key",
-    "idempotency_keep_s",
-    "idempotency_lease_s",
-    "if_running",
-    "if_done",
-    "if_interrupted",
-    "unique_enqueue",
     "retry_rules",
     "circuit",
     "if_circuit_open",
@@ -347,9 +521,14 @@ NOT_IN_THIS_RELEASE = (
 )
 
 
-def check_options(task: type[ResilientTask]) -> None:
+def check_options(
+    task: type[ResilientTask], installation: Installation
+) -> TaskKeys | None:
     """
     Check a task's options where it is registered.
+
+    Returns:
+        How its keys are made; None where it has none.
 
     Raises:
         ConfigurationError: Some are wrong; the message names the task, each
@@ -365,5 +544,11 @@ def check_options(task: type[ResilientTask]) -> None:
         for name in NOT_IN_THIS_RELEASE
         if getattr(task, name, None)
     ]
+    keys = None
+    try:
+        keys = installation.task_keys(task)
+    except ConfigurationError as exc:
+        wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
+    return keys

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -30,6 +30,8 @@ from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
+from celery_resilience.idempotency.reservations import FreesReservations
+from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
@@ -167,6 +169,7 @@ class WorkerSetup:
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
+            keys=key_guard(installation),
             facts=self.deliveries.facts,
             is_ending=_is_ending,
         )
@@ -174,6 +177,7 @@ class WorkerSetup:
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
         )
         FailureLog(installation.settings.log_format).attach()
+        FreesReservations(self._is_unique, installation.key_sender.release).attach()
         log = WorkerLog(self.deliveries, self.start_line)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
@@ -248,7 +252,7 @@ class WorkerSetup:
             for task in self.app.tasks.values()
             if isinstance(task, ResilientTask)
             and task.acks_late
-            and (limit := task.time_limit or 0) > CONSUMER_TIMEOUT_S
+            and (limit := _celery.time_limit_of(task) or 0) > CONSUMER_TIMEOUT_S
         )
         if is_amqp and too_long:
             found.append(
@@ -257,11 +261,45 @@ class WorkerSetup:
                 "longer, and delivers it again; these late-acked tasks may run longer: "
                 f"{', '.join(too_long)}"
             )
+        return found + self._weak_keys()
+
+    def _weak_keys(self) -> list[str]:
+        """Tasks whose idempotency key holds less than it seems."""
+        keyed = [
+            task
+            for task in self.app.tasks.values()
+            if isinstance(task, ResilientTask) and task.has_key
+        ]
+        found = []
+        if keyed and self.installation.store_choice.url is None:
+            found.append(
+                "tasks have idempotency keys, and there is no store for them: "
+                f"{_names(keyed)}"
+            )
+        if early := [task for task in keyed if not task.acks_late]:
+            found.append(
+                "these tasks have an idempotency key and acks_late = False: a run that "
+                "is cut off is not delivered again, and its key may stay in doubt until "
+                f"its lease lapses: {_names(early)}"
+            )
+        visible_s = visibility_timeout_s(self.app)
+        if self.app.connection_for_read().transport.driver_type == "redis" and (
+            long := [t for t in keyed if t.idempotency_lease_s > visible_s / 2]
+        ):
+            found.append(
+                "these tasks have an idempotency_lease_s above half the visibility "
+                f"timeout of {visible_s:.0f} s: what a killed worker had is delivered "
+                f"again, and waits for the lease: {_names(long)}"
+            )
         return found
 
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)
         return task.failed_queue if isinstance(task, ResilientTask) else None
+
+    def _is_unique(self, task_name: str) -> bool:
+        task = self.app.tasks.get(task_name)
+        return isinstance(task, ResilientTask) and task.unique_enqueue
 
     def prepare_tasks(self) -> None:
         """Give every resilient task our Request, on top of the one that it has."""
@@ -273,15 +311,36 @@ class WorkerSetup:
                     task.Request = ours
 
 
+def visibility_timeout_s(app: Any) -> float:
+    """Seconds after which Redis delivers an unacknowledged message again."""
+    options = app.conf.broker_transport_options or {}
+    return float(options.get("visibility_timeout") or VISIBILITY_TIMEOUT_S)
+
+
+def _names(tasks: Iterable[ResilientTask]) -> str:
+    return ", ".join(sorted(task.name for task in tasks))
+
+
 def replay_fence(installation: Installation) -> ReplayFence:
     """What the processes of a worker ask before they run a message with a past."""
-    options = installation.app.conf.broker_transport_options or {}
-    visibility_timeout_s = options.get("visibility_timeout") or VISIBILITY_TIMEOUT_S
+    visible_s = visibility_timeout_s(installation.app)
     return ReplayFence(
         installation.failed_store,
         namespace=installation.settings.namespace,
         clock=time.time,
-        redelivered_within_s=REDELIVERED_WITHIN * float(visibility_timeout_s),
+        redelivered_within_s=REDELIVERED_WITHIN * visible_s,
+    )
+
+
+def key_guard(installation: Installation) -> KeyGuard:
+    """What the processes of a worker ask before they run a message with a key."""
+    conf = installation.app.conf
+    return KeyGuard(
+        installation.key_store,
+        namespace=installation.settings.namespace,
+        if_store_down=installation.settings.if_store_down,
+        serializer=conf.result_serializer,
+        accept=conf.result_accept_content or conf.accept_content,
     )
 
 
@@ -327,6 +386,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
             worker=told["worker"],
             tell=facts.send,
         ),
+        keys=key_guard(installation),
         facts=facts,
         is_ending=_is_ending,
     )

@@ -9,11 +9,9 @@ fails with celery-resilience, also when it is run again, that passes without.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -268,9 +266,14 @@ class Run:
                 start_new_session=True,
             )
             try:
-                process.wait(RUN_TIMEOUT_S)
+                services.wait_for(
+                    lambda: services.exit_code(process) is not None,
+                    RUN_TIMEOUT_S,
+                    f"{self.folder.name} ends",
+                )
             finally:
-                _kill(process)
+                # With the workers that it has left behind.
+                services.kill_group(process)
         if not report.exists():
             raise RuntimeError(f"{self.folder.name} did not end: see {self.log}")
         if self.is_resilient and not (self.folder / PROOF).exists():
@@ -299,13 +302,6 @@ def outcomes_of(report: Path) -> dict[str, str]:
         elif found.get(name) != "failed":
             found[name] = "passed"
     return found
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a run with the workers that it has left behind."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _node(folder: Path, name: str) -> str:

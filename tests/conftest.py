@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,19 +31,23 @@ BROKERS = {
 }
 
 
+#: Servers of this process that were started and not removed.
+RUNNING: list[Service] = []
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Callable[[str], Service]]:
     """Shared servers by name, started when they are first asked for."""
     started: dict[str, Service] = {}
+    with contextlib.ExitStack() as stack:
 
-    def get(name: str) -> Service:
-        if name not in started:
-            started[name] = start_server(name)
-        return started[name]
+        def get(name: str) -> Service:
+            if name not in started:
+                started[name] = start_server(name)
+                stack.callback(remove_server, started[name])
+            return started[name]
 
-    yield get
-    for server in started.values():
-        server.remove()
+        yield get
 
 
 def start_server(name: str) -> Service:
@@ -55,8 +59,37 @@ def start_server(name: str) -> Service:
             raise
         pytest.skip(f"missing {exc}")
     server = SERVICES[name]()
-    server.start()
+    RUNNING.append(server)
+    try:
+        server.start()
+    except BaseException:
+        remove_server(server)
+        raise
     return server
+
+
+def remove_server(server: Service) -> None:
+    """End a server; an error where it has ended by itself."""
+    RUNNING.remove(server)
+    server.remove()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[
+    None, pytest.TestReport, pytest.TestReport
+]:
+    """Beside what fails stands which server has ended, and why."""
+    report = yield
+    if report.failed:
+        report.sections.extend(deaths(RUNNING))
+    return report
+
+
+def deaths(servers: Iterable[Service]) -> Iterator[tuple[str, str]]:
+    """A section of a report for each server that has ended by itself."""
+    for server in servers:
+        if death := server.death():
+            yield f"{server.name} has ended", death
 
 
 @pytest.fixture
@@ -66,7 +99,7 @@ def own_server() -> Iterator[Callable[[str], Service]]:
 
         def get(name: str) -> Service:
             server = start_server(name)
-            stack.callback(server.remove)
+            stack.callback(remove_server, server)
             return server
 
         yield get

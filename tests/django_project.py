@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polling import eventually
+from services import kill_group
 
 Done = subprocess.CompletedProcess[str]
 
@@ -163,9 +164,7 @@ class Project:
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0, log.read_text()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            kill_group(process)
 
 
 def ended(process: subprocess.Popen[str], within_s: float = 60) -> Done:

@@ -19,6 +19,7 @@ from apps.fleet import make_app
 from celery import Celery
 from celery.result import AsyncResult
 from polling import eventually
+from services import exit_code, kill_group
 
 from celery_resilience import FailedTasks
 
@@ -169,6 +170,8 @@ class Worker:
         self.log = fleet.folder / f"{name}.log"
         self.pid_file = fleet.folder / f"{name}.pid"
         self.process: subprocess.Popen[bytes] | None = None
+        #: One for each start since the last kill; not reaped, see `exit_code`.
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._environment = sabotage_environment(kill_at)
         self._command = [
             *CELERY,
@@ -195,6 +198,7 @@ class Worker:
                 env=self.fleet.environment(**self._environment),
                 start_new_session=True,
             )
+        self._processes.append(self.process)
         self.pid_file.write_text(str(self.process.pid))
         if ready:
             eventually(
@@ -213,7 +217,7 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         """The main process has not ended."""
-        return self.process is not None and self.process.poll() is None
+        return self.process is not None and exit_code(self.process) is None
 
     @property
     def text(self) -> str:
@@ -230,22 +234,26 @@ class Worker:
 
     def stop(self, within_s: float = 60) -> int:
         """Stop it warm; returns its exit code."""
-        assert self.process is not None
         if self.is_alive:
             self.signal(signal.SIGTERM)
-        return self.process.wait(within_s)
+        return self.wait(within_s)
 
     def wait(self, within_s: float = 60) -> int:
         """Wait until it has ended; returns its exit code."""
-        assert self.process is not None
-        return self.process.wait(within_s)
+        process = self.process
+        assert process is not None
+        (code,) = eventually(
+            lambda: () if (code := exit_code(process)) is None else (code,),
+            within_s=within_s,
+            what=f"{self.name} has ended",
+        )
+        return code
 
     def kill(self) -> None:
-        """Kill it with its children."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(30)
+        """Kill it with its children, and those that its former starts have left."""
+        for process in self._processes:
+            kill_group(process)
+        self._processes.clear()
 
     def outcomes(self) -> Counter[str]:
         """What it said when it stopped, "received" included."""

@@ -16,6 +16,7 @@ import functools
 import glob
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -25,13 +26,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 20
 
 
+#: Lines of a server's log that are told when it has ended by itself.
+LAST_LINES = 150
+
+
 class Missing(Exception):
     """A server cannot be had on this machine."""
+
+
+class EndedByItself(Exception):
+    """A server has ended, and nobody here has ended it."""
 
 
 def free_port() -> int:
@@ -67,6 +77,7 @@ class Service:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._container: str | None = None
         self._is_prepared = False
+        self._oom_kills = 0
 
     # --- to be written for each server ------------------------------------------
 
@@ -142,7 +153,13 @@ class Service:
         )
 
     def start(self) -> None:
-        """Start it, for the first time or again, and wait until it answers."""
+        """
+        Start it, for the first time or again, and wait until it answers.
+
+        Raises:
+            EndedByItself: It does not, for it has ended.
+        """
+        self._oom_kills = oom_kills()
         if self.is_installed():
             if not self._is_prepared:
                 self._own_folder()
@@ -151,7 +168,30 @@ class Service:
             self._spawn(self.command())
         else:
             self._start_container()
-        wait_for(self.is_ready, START_TIMEOUT_S, f"{self.name} on port {self.port}")
+        wait_for(
+            lambda: bool(self.is_ready() or self.death()),
+            START_TIMEOUT_S,
+            f"{self.name} on port {self.port}",
+        )
+        if death := self.death():
+            raise EndedByItself(death)
+
+    def death(self) -> str:
+        """How it has ended, with the end of its log; "" where nothing has by itself."""
+        ends = [
+            f"{_program_of(process)} (pid {process.pid}) {how}"
+            for process in self.processes
+            if (how := described(exit_code(process)))
+        ]
+        if not ends:
+            return ""
+        log = (self.folder / "server.log").read_text(errors="replace").splitlines()
+        killed = oom_kills() - self._oom_kills
+        return (
+            f"{self.name} on port {self.port} has ended by itself: {', '.join(ends)}; "
+            f"Linux has killed {killed} processes for want of memory since its start\n"
+            f"the end of its log, in {self.folder}:\n" + "\n".join(log[-LAST_LINES:])
+        )
 
     def stop(self) -> None:
         """Stop it gently."""
@@ -181,20 +221,44 @@ class Service:
         self._signal(signal.SIGCONT)
 
     def remove(self) -> None:
-        """Stop it and remove its data."""
+        """
+        Stop it and remove its data.
+
+        Raises:
+            EndedByItself: It did not run any more; it is removed all the same.
+        """
+        death = self.death()
         self.thaw()
         self._end(self.gently)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if death:
+            raise EndedByItself(death)
 
     def _own_folder(self) -> None:
         user = self.user()
         if user is not None:
             shutil.chown(self.folder, user)
 
+    def _run(self, name: str, *words: str) -> None:
+        """Run one of the server's programs to its end."""
+        done = subprocess.run(
+            [str(self.program(name)), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            user=self.user(),
+            cwd=self.folder,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EndedByItself(
+                f"{name} {described(done.returncode)}; it said:\n{done.stdout}"
+            )
+
     def _spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with open(self.folder / "server.log", "ab") as log:
             process = subprocess.Popen(
-                command,
+                list(command),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -223,9 +287,7 @@ class Service:
             try:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_group(process)
         self.processes.clear()
 
     def _start_container(self) -> None:
@@ -398,19 +460,13 @@ class PostgreSQL(Service):
         return "nobody"
 
     def prepare(self) -> None:
-        subprocess.run(
-            [
-                str(self.program("initdb")),
-                *("--pgdata", f"{self.folder}/data"),
-                *("--username", "shop"),
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--no-sync",
-            ],
-            check=True,
-            capture_output=True,
-            user=self.user(),
-            cwd=self.folder,
+        self._run(
+            "initdb",
+            *("--pgdata", f"{self.folder}/data"),
+            *("--username", "shop"),
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--no-sync",
         )
 
     def command(self) -> Sequence[str]:
@@ -421,6 +477,28 @@ class PostgreSQL(Service):
             *("-c", "listen_addresses=127.0.0.1"),
             *("-c", f"unix_socket_directories={self.folder}"),
         ]
+
+    def kill(self) -> None:
+        """
+        Kill it with its backends, which lead groups of their own.
+
+        One that outlived it would do what its client asks for, until it notices.
+        """
+        # Stopped, it starts none and reaps none: each pid stays its backend's.
+        self.freeze()
+        backends = [pid for p in self.processes for pid in children_of(p.pid)]
+        for backend in backends:
+            os.kill(backend, signal.SIGKILL)
+        super().kill()
+        # It does not start beside one that still has its shared memory.
+        wait_for(
+            lambda: all(
+                _state_of(Path(f"/proc/{backend}/stat"))[0] in "ZX"
+                for backend in backends
+            ),
+            STOP_TIMEOUT_S,
+            "the backends have ended",
+        )
 
     def container_environment(self) -> dict[str, str]:
         return {"POSTGRES_USER": "shop", "POSTGRES_HOST_AUTH_METHOD": "trust"}
@@ -471,21 +549,16 @@ class MariaDB(Service):
         return "nobody"
 
     def prepare(self) -> None:
-        subprocess.run(
-            [
-                str(self.program("mariadb-install-db")),
-                "--no-defaults",
-                f"--datadir={self.folder}/data",
-                "--auth-root-authentication-method=normal",
-                "--skip-name-resolve",
-                "--innodb-log-file-size=8M",
-                "--innodb-buffer-pool-size=8M",
-                "--innodb-flush-method=nosync",
-            ],
-            check=True,
-            capture_output=True,
-            user=self.user(),
-            cwd=self.folder,
+        self._run(
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={self.folder}/data",
+            f"--tmpdir={self.folder}",
+            "--auth-root-authentication-method=normal",
+            "--skip-name-resolve",
+            "--innodb-log-file-size=8M",
+            "--innodb-buffer-pool-size=8M",
+            "--innodb-flush-method=nosync",
         )
 
     def command(self) -> Sequence[str]:
@@ -493,6 +566,9 @@ class MariaDB(Service):
             str(self.program("mariadbd")),
             "--no-defaults",
             f"--datadir={self.folder}/data",
+            # One that starts deletes every temporary table there, also another
+            # server's, which may then end in the middle of a DESCRIBE.
+            f"--tmpdir={self.folder}",
             f"--port={self.port}",
             "--bind-address=127.0.0.1",
             f"--socket={self.folder}/socket",
@@ -544,6 +620,66 @@ def running(name: str) -> Iterator[Service]:
         yield service
     finally:
         service.remove()
+
+
+def exit_code(process: subprocess.Popen[Any]) -> int | None:
+    """
+    What `process.poll()` returns, but the process is not reaped.
+
+    Its pid, which may be its group's, is nobody else's until `kill_group`.
+    """
+    if process.returncode is not None:
+        return process.returncode
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    status = os.waitid(os.P_PID, process.pid, options)
+    if status is None:
+        return None
+    has_exited = status.si_code == os.CLD_EXITED
+    return status.si_status if has_exited else -status.si_status
+
+
+def _program_of(process: subprocess.Popen[bytes]) -> str:
+    words = process.args
+    return Path(str(words[0] if isinstance(words, list) else words)).name
+
+
+def described(code: int | None) -> str:
+    """How a process ended, in words; "" where it has not."""
+    if code is None:
+        return ""
+    if code >= 0:
+        return f"exited with {code}"
+    return f"was ended by {signal.Signals(-code).name}"
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """
+    Kill a process that leads a group with what is left of the group.
+
+    Not where the process is reaped already: Linux may have given its pid to another,
+    and with the pid the group.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def oom_kills() -> int:
+    """How many processes Linux has killed for want of memory since it started."""
+    found = re.search(
+        r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE
+    )
+    return int(found[1]) if found else 0
+
+
+def children_of(parent: int) -> list[int]:
+    """The pids of a process's children."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if _state_of(path)[1] == str(parent)
+    ]
 
 
 def _state_of(stat: Path) -> list[str]:

@@ -29,6 +29,8 @@ class Proxy:
         self._last_words = b""
         self._needle = b""
         self._unanswered: set[socket.socket] = set()
+        self._latency_s = 0.0
+        self._closed = threading.Event()
         self.turns = 0
         self._last_speaker: dict[frozenset[socket.socket], socket.socket] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -58,6 +60,10 @@ class Proxy:
         """Forward the next data that holds *needle*, and cut in place of the answer."""
         self._needle = needle
 
+    def slow_down(self, latency_s: float) -> None:
+        """Let whatever a client says take so long to arrive."""
+        self._latency_s = latency_s
+
     @property
     def has_cut_answer(self) -> bool:
         """Whether what was asked for by `cut_answer_to` has happened."""
@@ -65,6 +71,7 @@ class Proxy:
 
     def close(self) -> None:
         """End it."""
+        self._closed.set()
         self._listener.close()
         self.cut()
 
@@ -107,6 +114,8 @@ class Proxy:
                     self.turns += 1
                 self._last_speaker[pair] = source
                 seen = (seen + data)[-65_536:]
+                if is_client and self._latency_s:
+                    self._closed.wait(self._latency_s)
                 if self._needle and self._needle in seen:
                     self._needle = b""
                     self._unanswered.add(sink)

@@ -38,6 +38,7 @@ class DeliveryStep(bootsteps.StartStopStep):
         """Take over what was held, send what waited, and look again in time."""
         self._cancel()
         self.deliveries.consumer_started(consumer)
+        _celery.hear_before_giving_back(consumer.pool)
         _kombu.guard_foreign_messages(consumer, consumer.on_foreign)
         self.visibility.started(consumer)
         self.deliveries.outbox.reconnected()

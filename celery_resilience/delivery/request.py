@@ -7,7 +7,7 @@ what each way for a run to end means.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -27,17 +27,28 @@ from celery_resilience.delivery.malformed import malformed_call
 from celery_resilience.delivery.settlement import failure_of_run, plain_failure
 from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
+    AskAgain,
+    KeyMismatch,
+    RunInterrupted,
     SendAgain,
     Snooze,
     TaskExited,
     TaskRanOutOfMemory,
     TooManyCrashes,
 )
+from celery_resilience.holder import holder_name
 from celery_resilience.message import HEADER, id_text, marks_of
 from celery_resilience.outcome import Outcome, Reason
 from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
+
+#: Why a run failed that ended in one of our own exceptions.
+REASONS: Mapping[type[BaseException], Reason] = {
+    TooManyCrashes: Reason.WORKER_LOST,
+    KeyMismatch: Reason.KEY_MISMATCH,
+    RunInterrupted: Reason.INTERRUPTED,
+}
 
 
 class ResilientRequest(SettlingRequest):
@@ -94,7 +105,9 @@ class ResilientRequest(SettlingRequest):
             )
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, SendAgain):
-            self._send_again(Outcome.REQUEUED, exc.reason, exc.delay_s, exc.marks)
+            snoozed = isinstance(exc, AskAgain)
+            outcome = Outcome.SNOOZED if snoozed else Outcome.REQUEUED
+            self._send_again(outcome, exc.reason, exc.delay_s, exc.marks)
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Retry):
             self._settle(Outcome.RETRIED)
@@ -276,7 +289,10 @@ class ResilientRequest(SettlingRequest):
             exc,
             verdict.delay_s,
         )
-        self._send_again(Outcome.REQUEUED, reason, verdict.delay_s, verdict.marks)
+        marks = dict(verdict.marks)
+        if self.task.has_key:
+            marks["crashed"] = holder_name(self.worker_pid)
+        self._send_again(Outcome.REQUEUED, reason, verdict.delay_s, marks)
         _celery.task_ready(self)
         self.acknowledge()
 
@@ -286,8 +302,9 @@ class ResilientRequest(SettlingRequest):
         """The child has stored the failure; keep it, then let Celery go on."""
         facts = self._take_facts()
         reason = facts.get("reason", Reason.EXCEPTION)
-        if isinstance(exc, TooManyCrashes):
-            reason = Reason.WORKER_LOST
+        for kind, its_reason in REASONS.items():
+            if isinstance(exc, kind):
+                reason = its_reason
         self._settle(
             Outcome.FAILED, reason, failure_of_run(self, exc, exc_info, facts), facts
         )

@@ -15,7 +15,7 @@ from celery_resilience.delivery.send_again import send_again
 from celery_resilience.delivery.settlement import settlement_of
 from celery_resilience.events import emit, observed
 from celery_resilience.failure import Failure
-from celery_resilience.message import HEADER, OriginalMessage, marks_of
+from celery_resilience.message import OriginalMessage, has_past, marks_of
 from celery_resilience.outcome import EVENTS, Outcome
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
     def _has_past(self) -> bool:
         """The message was replayed, sent again or delivered before."""
         return bool(
-            self._delivery_info["redelivered"] or self.message.headers.get(HEADER)
+            self._delivery_info["redelivered"] or has_past(self.message.headers)
         )
 
     def _store(self, message: OriginalMessage | None, *, keep: bool = True) -> None:

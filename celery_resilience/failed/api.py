@@ -242,6 +242,7 @@ class FailedTasks:
         group: str | None = None,
         to_queue: str | None = None,
         new_id: bool = False,
+        force: bool = False,
         limit: int | None = None,
         dry_run: bool = False,
         report: ReplayReport | None = None,
@@ -254,6 +255,9 @@ class FailedTasks:
             ids: These, whole or shortened.
             wanted: Those that match, as of now.
             group: Those of a fingerprint.
+            to_queue: Another queue than the original ones.
+            new_id: Give each message a new task id.
+            force: Run tasks whose idempotency key is done or interrupted, too.
             dry_run: Send nothing; the report's `would_send` are the ids.
             report: Filled in, also where an error breaks the replay off.
 
@@ -279,6 +283,7 @@ class FailedTasks:
                 chosen,
                 to_queue=to_queue,
                 new_id=new_id,
+                force=force,
                 report=report,
                 on_progress=on_progress,
             )

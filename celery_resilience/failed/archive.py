@@ -37,7 +37,7 @@ FIELDS: Mapping[str, Any] = {
         ("phase", "token", "copy", "to_queue", "replayed_as", "note"), _OPTIONAL_TEXT
     ),
     **dict.fromkeys(("settled_at", "claimed_at"), _OPTIONAL_NUMBER),
-    "wants_new_id": bool,
+    **dict.fromkeys(("wants_new_id", "is_forced"), bool),
     "attempts": list,
 }
 ATTEMPT: Mapping[str, Any] = {
@@ -70,6 +70,7 @@ def dump_line(kept: Kept) -> bytes:
                 "claimed_at": kept.claimed_at,
                 "to_queue": kept.to_queue,
                 "wants_new_id": kept.wants_new_id,
+                "is_forced": kept.is_forced,
                 "number": record.number,
                 "replays": kept.replays,
                 "replayed_as": kept.replayed_as,
@@ -131,6 +132,7 @@ def load_line(line: bytes) -> Kept:
         claimed_at=facts["claimed_at"],
         to_queue=facts["to_queue"],
         wants_new_id=facts["wants_new_id"],
+        is_forced=facts["is_forced"],
     )
 
 

@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 from celery_resilience.failure import Failure, fingerprint_of
 from celery_resilience.message import (
     HEADER,
+    KEY,
     OriginalMessage,
     id_text,
     is_of_delivery,
@@ -102,7 +103,11 @@ def envelope(
         "release": release,
         "trace_id": trace_id(original.headers),
         "sentry_event_id": settlement.facts.get("sentry_event_id"),
-        "idempotency_key": settlement.facts.get("idempotency_key"),
+        "idempotency_key": (
+            settlement.marks[KEY][0]
+            if KEY in settlement.marks
+            else settlement.facts.get("idempotency_key")
+        ),
         "original": pack(original),
     }
 

@@ -49,11 +49,11 @@ DOCUMENTS = 50
 #: What the fields of a hash are; all others are texts.
 TIMES = frozenset({"first_failed_at", "last_failed_at", "claimed_at", "settled_at"})
 COUNTS = frozenset({"number", "replays", "size"})
-FLAGS = frozenset({"in_chord", "wants_new_id"})
+FLAGS = frozenset({"in_chord", "wants_new_id", "is_forced"})
 BYTES = frozenset({"document", "revision"})
 
 #: Fields that a hash need not have, where they are not nothing.
-DEFAULTS: Mapping[str, Any] = {"replays": 0, "wants_new_id": False}
+DEFAULTS: Mapping[str, Any] = {"replays": 0, "wants_new_id": False, "is_forced": False}
 
 
 class RedisFailedTaskStore:
@@ -322,6 +322,7 @@ class RedisFailedTaskStore:
         *,
         to_queue: str | None = None,
         wants_new_id: bool = False,
+        is_forced: bool = False,
     ) -> Sequence[Claim]:
         """Take those of *ids* that are unresolved for a replay."""
         self._ready()
@@ -330,7 +331,10 @@ class RedisFailedTaskStore:
         for page in pages(tokens, PAGE):
             words = [word for id in page for word in (id, tokens[id])]
             taken |= self._run_for_ids(
-                "claim", _bytes(to_queue or ""), int(wants_new_id), *words
+                "claim",
+                _bytes(to_queue or ""),
+                *(int(wants_new_id), int(is_forced)),
+                *words,
             )
         claims = self._claims([id for id in tokens if id in taken])
         # Reopened in between, a record is somebody else's.

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from celery_resilience.errors import BrokerUnavailable, PublishRefused
 from celery_resilience.failed.pages import pages
 from celery_resilience.failed.store import Claim, FailedTaskStore
-from celery_resilience.message import HEADER, OriginalMessage
+from celery_resilience.message import HEADER, KEY, OriginalMessage
 from celery_resilience.outcome import Reason
 
 logger = logging.getLogger("celery_resilience.failed")
@@ -59,8 +59,8 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
     """
     The message that is sent for *claim*.
 
-    The original bytes, chain, links, stamps and priority; no retries spent, no
-    eta, no expiry, nothing of its past deliveries. The copy has a name of its
+    The original bytes, chain, links, stamps, priority and idempotency key; no retries
+    spent, no eta, no expiry, nothing of its past deliveries. The copy has a name of its
     own, so that a worker tells it from another of the same replay.
 
     Args:
@@ -76,13 +76,16 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
             headers["root_id"] = new_id
         headers["id"] = new_id
         properties["correlation_id"] = new_id
+    marks = message.marks
     headers[HEADER] = {
         "replay": {
             "record": claim.id,
             "token": claim.token,
             "copy": uuid4().hex,
             "number": claim.number,
-        }
+        },
+        **({KEY: marks[KEY]} if KEY in marks else {}),
+        **({"forced": True} if claim.is_forced else {}),
     }
     return replace(
         message,
@@ -184,6 +187,7 @@ class Replayer:
         *,
         to_queue: str | None = None,
         new_id: bool = False,
+        force: bool = False,
         report: ReplayReport | None = None,
         on_progress: Callable[[ReplayReport], None] | None = None,
     ) -> ReplayReport:
@@ -194,6 +198,7 @@ class Replayer:
             ids: Whole ids.
             to_queue: Another queue than the original ones.
             new_id: Give each message a new task id.
+            force: Run tasks whose idempotency key is done or interrupted, too.
             report: Filled in, also where an error breaks the replay off.
             on_progress: Called after each page.
 
@@ -202,7 +207,9 @@ class Replayer:
         """
         report = report or ReplayReport()
         for page in pages(ids, PAGE):
-            claims = self._store.claim(page, to_queue=to_queue, wants_new_id=new_id)
+            claims = self._store.claim(
+                page, to_queue=to_queue, wants_new_id=new_id, is_forced=force
+            )
             claimed = {claim.id for claim in claims}
             report.skipped += [id for id in page if id not in claimed]
             self.send_claims(claims, report, are_new=True)

@@ -46,11 +46,11 @@ SUMMARY = (
 TASK = (*SUMMARY, "document", "attempts", "replayed_as")
 KEPT = (
     *(*RECORD, "replays", "replayed_as", "copy", "claimed_at", "to_queue"),
-    *("wants_new_id", "size"),
+    *("wants_new_id", "is_forced", "size"),
 )
 CLAIM = (
     *("id", "token", "number", "task", "task_id", "reason", "to_queue"),
-    *("wants_new_id", "in_chord", "document"),
+    *("wants_new_id", "is_forced", "in_chord", "document"),
 )
 
 
@@ -118,6 +118,7 @@ def kept_of(row: Any) -> Kept:
         claimed_at=row.claimed_at,
         to_queue=row.to_queue,
         wants_new_id=bool(row.wants_new_id),
+        is_forced=bool(row.is_forced),
         size=row.size,
     )
 
@@ -132,6 +133,7 @@ def row_of_kept(kept: Kept) -> dict[str, Any]:
         "claimed_at": kept.claimed_at,
         "to_queue": kept.to_queue,
         "wants_new_id": kept.wants_new_id,
+        "is_forced": kept.is_forced,
     }
 
 
@@ -167,6 +169,7 @@ def claim_of(row: Any) -> Claim:
         reason=row.reason,
         to_queue=row.to_queue,
         wants_new_id=bool(row.wants_new_id),
+        is_forced=bool(row.is_forced),
         in_chord=bool(row.in_chord),
         original=unpack(unpacked(row.document)["original"]),
     )

@@ -369,6 +369,7 @@ class SqlFailedTaskStore:
         *,
         to_queue: str | None = None,
         wants_new_id: bool = False,
+        is_forced: bool = False,
     ) -> Sequence[Claim]:
         """Take those of *ids* that are unresolved for a replay."""
         self._ready()
@@ -397,6 +398,7 @@ class SqlFailedTaskStore:
                     claimed_at=self._database.now(),
                     to_queue=to_queue,
                     wants_new_id=wants_new_id,
+                    is_forced=is_forced,
                     number=failed.c.number + 1,
                     note=None,
                 ),

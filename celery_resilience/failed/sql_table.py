@@ -30,6 +30,7 @@ failed = table(
     Column("claimed_at", Float(53)),
     Column("to_queue", String(255)),
     Column("wants_new_id", Boolean, nullable=False, default=False),
+    Column("is_forced", Boolean, nullable=False, default=False),
     Column("number", Integer, nullable=False, default=0),
     Column("replays", Integer, nullable=False, default=0),
     Column("replayed_as", String(255)),

@@ -24,6 +24,7 @@ class Claim:
         reason: Why the task failed last.
         to_queue: Another queue than the original one.
         wants_new_id: Its message gets another task id.
+        is_forced: It runs again, whatever its idempotency key came to.
         in_chord: A chord waits for the task's result.
     """
 
@@ -36,6 +37,7 @@ class Claim:
     original: OriginalMessage
     to_queue: str | None = None
     wants_new_id: bool = False
+    is_forced: bool = False
     in_chord: bool = False
 
 
@@ -57,6 +59,7 @@ class Kept:
     claimed_at: float | None = None
     to_queue: str | None = None
     wants_new_id: bool = False
+    is_forced: bool = False
     size: int = 0
 
 
@@ -116,13 +119,14 @@ class FailedTaskStore(Protocol):
         *,
         to_queue: str | None = None,
         wants_new_id: bool = False,
+        is_forced: bool = False,
     ) -> Sequence[Claim]:
         """
         Take those of *ids* that are unresolved for a replay.
 
         Args:
-            to_queue, wants_new_id: Remembered, so that whoever sends a stale
-                claim sends it as it was meant.
+            to_queue, wants_new_id, is_forced: Remembered, so that whoever sends a
+                stale claim sends it as it was meant.
         """
         ...
 

@@ -8,7 +8,6 @@ Only addresses and folders are the test's.
 from __future__ import annotations
 
 import configparser
-import contextlib
 import os
 import re
 import shlex
@@ -28,7 +27,7 @@ import yaml
 from amqp.exceptions import PreconditionFailed
 from kombu import Connection
 from polling import eventually
-from services import Service, free_port
+from services import Service, free_port, kill_group
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "example_project"
@@ -395,9 +394,7 @@ class Up:
     def close(self) -> None:
         """End every process, by its pid."""
         for process in self.processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            kill_group(process)
 
 
 @pytest.fixture(scope="module", params=["rabbitmq", "redis"])

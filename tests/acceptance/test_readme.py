@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +18,12 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+
+
+def block_with(words: str) -> str:
+    """The README's one block of Python in which *words* stand."""
+    (found,) = [block for block in PYTHON if words in block]
+    return found
 
 
 @pytest.fixture
@@ -52,7 +58,8 @@ def test_twenty_lines_run(folder: Path) -> None:
     assert install == "$ pip install celery-resilience\n"
     start, send, look = [line.removeprefix("$ ") for line in session.splitlines()]
     assert typed(start, folder).returncode == 0
-    pid = int(eventually((folder / "worker.pid").exists) and _pid(folder))
+    eventually((folder / "worker.pid").exists)
+    worker = psutil.Process(int(_pid(folder)))
     try:
         assert typed(send, folder).returncode == 0
         listed = eventually(
@@ -71,10 +78,10 @@ def test_twenty_lines_run(folder: Path) -> None:
         assert done.stdout.strip() == expected
         assert typed(look, folder).stdout == ""
         assert typed(end.removeprefix("$ "), folder).returncode == 0
-        eventually(lambda: not psutil.pid_exists(pid), what="the worker ends")
+        eventually(lambda: not worker.is_running(), what="the worker ends")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.terminate()
         eventually(lambda: not (folder / "worker.pid").exists(), what="the worker ends")
 
 
@@ -84,9 +91,34 @@ def _pid(folder: Path) -> str:
 
 def test_the_python_of_commands_runs(folder: Path) -> None:
     """The API example imports, lists and plans a replay."""
-    (folder / "api.py").write_text(PYTHON[1])
+    (folder / "api.py").write_text(block_with("import FailedTasks"))
     done = typed(f"{sys.executable} -W error::DeprecationWarning api.py", folder)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_same_key_has_one_effect(folder: Path) -> None:
+    """The task with a key, sent twice: one key is done, and one run had it."""
+    with (folder / "shop.py").open("a") as shop:
+        shop.write(block_with("idempotency_key="))
+    (start, send), keys = (
+        (line.removeprefix("$ ") for line in CONSOLE[1].splitlines()[:2]),
+        "celery -A shop resilience keys list -o json",
+    )
+    send = send.replace("shop.ship.delay(7)", "shop.charge.delay(7, 1990)")
+    assert typed(start, folder).returncode == 0
+    worker = psutil.Process(int(_pid(folder)))
+    try:
+        for _ in range(2):
+            assert typed(send, folder).returncode == 0
+        log = folder / "worker.log"
+        eventually(lambda: log.read_text().count(" succeeded in ") == 2)
+        (key,) = json.loads(typed(keys, folder).stdout)
+    finally:
+        worker.terminate()
+        eventually(lambda: not worker.is_running(), what="the worker ends")
+
+    assert (key["name"], key["state"], key["epoch"]) == ("charge:7", "done", 1)
+    assert log.read_text().count("'paid 1990 by charge:7'") == 2
 
 
 def test_every_setting_verb_and_flag_is_told() -> None:

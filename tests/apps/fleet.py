@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import keyed_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
@@ -62,6 +63,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     if not is_plain:
         Resilience(app)
     _register(app, base)
+    keyed_tasks.register(app, base, note)
     return app
 
 

@@ -46,6 +46,8 @@ def sabotage(app: Any) -> None:
     from celery_resilience.failed.inbox import Batch
     from celery_resilience.failed.redis_store import RedisFailedTaskStore
     from celery_resilience.failed.sql_store import SqlFailedTaskStore
+    from celery_resilience.idempotency.redis_store import RedisKeyStore
+    from celery_resilience.idempotency.sql_store import SqlKeyStore
     from celery_resilience.publisher import Publisher
 
     collector.STALE_CLAIM_S = float(os.environ.get("FLEET_STALE_S", "60"))
@@ -57,6 +59,8 @@ def sabotage(app: Any) -> None:
         around(store, "keep", "keep")
         around(store, "claim", "claim")
         around(store, "mark_sent", "mark")
+    for keys in (RedisKeyStore, SqlKeyStore):
+        around(keys, "finish", "finish")
     around(Batch, "__init__", "take")
 
 

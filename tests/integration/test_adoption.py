@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -164,9 +165,19 @@ def test_a_task_id_need_not_be_a_text(make_fleet: FleetMaker, task_id: Any) -> N
     )
 
 
+def is_given_up(fleet: Fleet) -> bool:
+    """Whether every message that is held on Redis has outlived its visibility."""
+    with fleet.app.connection_for_read() as connection:
+        channel = connection.default_channel
+        newer = time.time() - channel.visibility_timeout
+        key = channel.unacked_index_key
+        return not channel.client.zrevrangebyscore(key, "+inf", newer)
+
+
 def test_a_task_id_that_is_no_text_survives_its_worker(make_fleet: FleetMaker) -> None:
     """Its message is delivered again, and its start is counted under it."""
-    fleet = make_fleet("redis", task_acks_late=True)
+    # Before 5.7, Celery's result backends of keys and values take no UUID.
+    fleet = make_fleet("redis", task_acks_late=True, result_backend=None)
     fleet.conf["broker_transport_options"].update(QUICK_REDIS)
     worker = fleet.worker()
     run, end = fleet.folder / "run", fleet.folder / "end"
@@ -175,11 +186,14 @@ def test_a_task_id_that_is_no_text_survives_its_worker(make_fleet: FleetMaker) -
     worker.kill()
 
     run.unlink()
+    # At its start a worker looks for what is given up; kombu 5.5 looks again after
+    # a hundred seconds.
+    eventually(lambda: is_given_up(fleet), what="the killed worker counts as dead")
     worker = fleet.worker()
     eventually(run.exists, within_s=60)
     end.touch()
     skipped = fleet.send("skipped_untold", task_id=uuid4())
-    eventually(lambda: skipped.state == "SUCCESS")
+    eventually(lambda: str(skipped.id) in worker.text)
     assert worker.stop() == 0
     assert worker.outcomes() == {"received": 2, "succeeded": 1, "skipped": 1}
 

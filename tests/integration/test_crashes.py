@@ -76,6 +76,30 @@ def test_killers_with_neighbours(
 
 
 @pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_children_that_die_together_are_each_counted(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """While the pool takes leave of one, others start a task and die of it."""
+    fleet = make_fleet(broker, task_acks_late=True)
+    worker = fleet.worker(concurrency=8)
+    killers = [fleet.send("killed_late").id for _ in range(8)]
+
+    eventually(
+        lambda: set(fleet.records()) == set(killers),
+        within_s=120,
+        every_s=0.5,
+        what="a record of each",
+    )
+    assert worker.stop() == 0
+    assert Counter(fleet.runs(id) for id in killers) == {3: len(killers)}
+    assert worker.outcomes() == {
+        "received": 3 * len(killers),
+        "requeued": 2 * len(killers),
+        "failed": len(killers),
+    }
+
+
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
 def test_two_worker_killers_with_neighbours(
     make_fleet: FleetMaker, broker: str
 ) -> None:

@@ -319,20 +319,31 @@ def test_an_app_is_explained_without_being_changed() -> None:
     assert found["mail"].is_resilient is False
 
 
+#: Since Celery 5.7 there is an option each for failures and time limits.
+FOR_FAILURES = (
+    "acks_on_failure"
+    if hasattr(Task, "acks_on_failure")
+    else "acks_on_failure_or_timeout"
+)
+
+
 def test_options_of_task_and_app_are_read() -> None:
     """Where a task says something, it beats the app."""
+    acks = {f"task_{FOR_FAILURES}": False}
+    if FOR_FAILURES == "acks_on_failure":
+        acks["task_acks_on_timeout"] = True
     app = an_app(
         broker_transport_options={"visibility_timeout": 600},
         resilience_failed_routes={"mail*": None, "pay.*": "pay.failed"},
         resilience_max_crashes=7,
-        task_acks_on_failure=False,
-        task_acks_on_timeout=True,
         worker_pool="solo",
+        **acks,
     )
     resilience = Resilience(app)
     options: dict[str, Any] = {"base": ResilientTask, "shared": False}
     app.task(name="mail", **options)(body)
-    app.task(name="pay.card", max_crashes=2, acks_on_failure=True, **options)(body)
+    own: dict[str, Any] = {FOR_FAILURES: True, "max_crashes": 2}
+    app.task(name="pay.card", **own, **options)(body)
     app.task(name="note", failed_queue=False, Strategy="shop:batches", **options)(body)
 
     found = {task.task: task for task in resilience.explain()}
@@ -352,11 +363,19 @@ def test_options_of_task_and_app_are_read() -> None:
         False,
         True,
     )
-    assert found["mail"].acks_on_timeout is True
+    assert found["mail"].acks_on_timeout is ("task_acks_on_timeout" in acks)
     assert found["mail"].on_dead_child == NEVER
     assert "own_strategy" in codes(found["note"])
     assert "own_strategy" not in codes(found["mail"])
     assert all(task.is_resilient and task.adopt is None for task in found.values())
+
+
+def test_an_option_of_a_later_celery_changes_nothing() -> None:
+    """Celery does not read it, and neither do we."""
+    app = an_app()
+    app.task(name="mail", acks_on_failure=False, shared=False)(body)
+
+    assert by_name(app)["mail"].acks_on_failure is (FOR_FAILURES != "acks_on_failure")
 
 
 def test_the_kind_of_broker_is_known_without_its_url() -> None:

@@ -37,7 +37,14 @@ INSTALLERS = {"__init__.py", "command.py", "install.py", "worker.py"}
 MEETING = {
     *("request.py", "consumer.py", "settlement.py", "settling.py", "bootstep.py"),
     *("task.py", "signals.py", "command.py", "install.py", "worker.py", "flags.py"),
-    *("errors.py", "publisher.py", "_celery.py", "_kombu.py", "_kombu_redis.py"),
+    *(
+        "errors.py",
+        "publisher.py",
+        "serialization.py",
+        "_celery.py",
+        "_kombu.py",
+        "_kombu_redis.py",
+    ),
 }
 CELERY = {"celery", "kombu", "billiard", "amqp", "vine"}
 

@@ -81,7 +81,7 @@ def test_a_bad_option_is_refused(
 def test_all_mistakes_of_a_task_are_told_at_once(app: Celery) -> None:
     """One start shows every one."""
     with pytest.raises(ConfigurationError) as refused:
-        registered(app, max_crashes=0, redact="x", idempotency_key="k")
+        registered(app, max_crashes=0, redact="x", if_running="k")
 
     assert len(str(refused.value).split("; ")) == 3
 

@@ -63,6 +63,7 @@ def _send(failed: Operator, ids: Sequence[str], words: Words) -> ReplayReport:
                 ids,
                 to_queue=words["to_queue"],
                 new_id=words["new_id"],
+                force=words["force"],
                 report=report,
                 on_progress=lambda r: progress.update(
                     len(r.sent) + len(r.failed) + len(r.skipped)

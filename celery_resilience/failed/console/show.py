@@ -96,6 +96,7 @@ def detail(found: FailedTask, *, verbose: bool) -> None:
         ("arguments", f"{shown['args']} {shown['kwargs']}"),
         ("queue", f"{shown['queue']} (failed queue {shown['failed_queue']})"),
         ("failed", f"first {shown['first_failed_at']}, last {shown['last_failed_at']}"),
+        ("key", shown["idempotency_key"]),
         ("group", shown["fingerprint"]),
         ("worker", found.summary.worker),
         ("release", shown["release"]),

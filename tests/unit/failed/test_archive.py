@@ -49,7 +49,14 @@ def a_kept(**changes: Any) -> Kept:
         record, state=State.REPLAYING, phase=Phase.SENT, token="t" * 32, number=2
     )
     return replace(
-        Kept(record, replays=2, claimed_at=5.5, to_queue="q", wants_new_id=True),
+        Kept(
+            record,
+            replays=2,
+            claimed_at=5.5,
+            to_queue="q",
+            wants_new_id=True,
+            is_forced=True,
+        ),
         **changes,
     )
 

@@ -110,6 +110,18 @@ def test_a_replay_carries_its_record_and_token() -> None:
     assert mark["number"] == 4
 
 
+def test_a_replay_keeps_its_idempotency_key() -> None:
+    """The same key, the same effect; `--force` is written on the message."""
+    headers = {"id": "1", HEADER: {"key": ["charge:1", "f"], "crashes": 2}}
+    claim = a_claim(original=a_message(headers=headers))
+
+    marks = replayed(claim).marks
+
+    assert marks.keys() == {"replay", "key"}
+    assert marks["key"] == ["charge:1", "f"]
+    assert replayed(replace(claim, is_forced=True)).marks["forced"] is True
+
+
 def test_every_copy_of_a_replay_has_a_name_of_its_own() -> None:
     """A worker tells the second copy from a redelivery of the first."""
     one, two = (replayed(a_claim()).marks["replay"]["copy"] for _ in range(2))
@@ -243,7 +255,11 @@ def test_claimed_then_published_then_marked() -> None:
     report = replayer.replay(["a", "b"], to_queue="q", new_id=False)
 
     assert log == [
-        ("claim", ["a", "b"], {"to_queue": "q", "wants_new_id": False}),
+        (
+            "claim",
+            ["a", "b"],
+            {"to_queue": "q", "wants_new_id": False, "is_forced": False},
+        ),
         ("publish", "a", "shop"),
         ("publish", "b", "shop"),
         ("sent", [("a", None), ("b", None)]),

@@ -849,8 +849,9 @@ def test_a_claim_is_exclusive_among_processes(make_store: MakeStore) -> None:
 def test_a_claim_remembers_how_it_was_meant(store: FailedTaskStore) -> None:
     """Whoever sends it later sends it so; the next claim forgets it."""
     (id,) = keep(store, "a")
-    claim = claim_one(store, id, to_queue="other", wants_new_id=True)
+    claim = claim_one(store, id, to_queue="other", wants_new_id=True, is_forced=True)
     assert (claim.to_queue, claim.wants_new_id) == ("other", True)
+    assert claim.is_forced
 
     (stale,) = store.take_stale_claims(older_than_s=-1, limit=10)
     store.release(claim, "refused")
@@ -858,6 +859,7 @@ def test_a_claim_remembers_how_it_was_meant(store: FailedTaskStore) -> None:
 
     assert stale == claim
     assert (again.to_queue, again.wants_new_id) == (None, False)
+    assert not again.is_forced
 
 
 def test_only_old_claims_that_were_not_sent_are_stale(store: FailedTaskStore) -> None:

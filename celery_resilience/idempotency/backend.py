@@ -1,0 +1,32 @@
+"""What a duplicate asks the app's result backend."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+logger = logging.getLogger("celery_resilience.idempotency")
+
+
+class ResultBackend:
+    """
+    Celery's result backend, asked for what another delivery has stored.
+
+    Args:
+        backend: The task's.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def result_of(self, task_id: str) -> tuple[bool, Any]:
+        """Whether the task is stored as SUCCESS, and its result."""
+        try:
+            meta = self._backend.get_task_meta(task_id, cache=False)
+        except Exception as exc:
+            # Disabled, away, or of results that are not accepted.
+            logger.info("the result of %s is not known: %s", task_id, exc)
+            return False, None
+        if meta.get("status") != "SUCCESS":
+            return False, None
+        return True, meta.get("result")

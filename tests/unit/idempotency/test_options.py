@@ -1,0 +1,110 @@
+"""Options of a key are checked where the task is registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_resilience import ConfigurationError, ResilientTask
+
+
+def registered(**options: Any) -> Any:
+    """A task with these options, bound to an app."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+    options.setdefault("idempotency_key", "charge:{order_id}")
+
+    @app.task(base=ResilientTask, name="shop.charge", shared=False, **options)
+    def charge(order_id: int) -> None: ...
+
+    return app.tasks["shop.charge"]
+
+
+def test_a_key_asks_that_a_message_outlives_its_worker() -> None:
+    """Late acknowledgement, unless the task says otherwise."""
+    assert registered().acks_late is True
+    assert registered().reject_on_worker_lost is True
+    assert registered(acks_late=False).acks_late is False
+    assert registered(reject_on_worker_lost=False).reject_on_worker_lost is False
+    assert registered(idempotency_key=None).acks_late is False
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"idempotency_keep_s": 0}, "idempotency_keep_s must be a number of seconds"),
+        ({"idempotency_keep_s": None}, "idempotency_keep_s must be a number of sec"),
+        ({"idempotency_lease_s": -1}, "idempotency_lease_s must be a number of seco"),
+        ({"idempotency_lease_s": True}, "idempotency_lease_s must be a number of se"),
+        ({"if_running": "wait"}, "if_running must be one of 'snooze', 'skip', 'err"),
+        ({"if_done": "skip"}, "if_done must be one of 'return_saved', 'error', 're"),
+        ({"if_done": len}, "if_done must be one of 'return_saved', 'error', 'rerun"),
+        ({"if_interrupted": "skip"}, "or a callable that looks whether the effect"),
+        ({"unique_enqueue": 1}, "unique_enqueue must be True or False, got 1"),
+        ({"unique_enqueue": True, "idempotency_key": None}, "needs an idempotency_k"),
+        ({"idempotency_key": "x:{amount}"}, "got {amount} in 'x:{amount}'"),
+        ({"idempotency_key": 17}, "idempotency_key must be a template"),
+    ],
+)
+def test_a_wrong_option_is_refused(options: dict[str, Any], said: str) -> None:
+    """The message names the task, the option, and what is accepted."""
+    with pytest.raises(ConfigurationError) as refused:
+        registered(**options)
+
+    assert str(refused.value).startswith("task shop.charge: ")
+    assert said in str(refused.value)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    """With those of the other rooms."""
+    with pytest.raises(ConfigurationError) as refused:
+        registered(if_running="x", if_done="y", max_crashes=0)
+
+    for name in ("if_running", "if_done", "max_crashes"):
+        assert name in str(refused.value)
+
+
+def test_a_callable_key_is_no_method() -> None:
+    """A function among the options of a task takes the task's arguments, no more."""
+    task = registered(idempotency_key=lambda order_id: f"x{order_id}")
+
+    made = task._keys.maker.make((1,), {})
+
+    assert made.name == "x1"
+
+
+def test_a_bound_task_has_no_argument_self() -> None:
+    """Neither a function with `bind=True` nor a class's `run`."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+
+    class Charge(ResilientTask):
+        name = "shop.class"
+        idempotency_key = "charge:{order_id}"
+
+        def run(self, order_id: int) -> None: ...
+
+    app.register_task(Charge())
+
+    @app.task(
+        base=ResilientTask,
+        bind=True,
+        idempotency_key="b:{order_id}",
+        name="b",
+        shared=False,
+    )
+    def bound(self: Any, order_id: int) -> None: ...
+
+    for name in ("shop.class", "b"):
+        assert app.tasks[name]._keys.maker.make((1,), {}).name.endswith(":1")
+
+
+def test_self_is_no_argument() -> None:
+    """Of a bound task, whose key cannot be made of it."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+
+    @app.task(base=ResilientTask, bind=True, idempotency_key="{self}", shared=False)
+    def other(self: Any, order_id: int) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"got \{self\}"):
+        app.finalize()
