@@ -1,7 +1,7 @@
 """The `celery` sub-commands `failed` and `resilience`.
 
 Imported by every `celery` call, so that it imports nothing heavy until a verb
-runs; what a verb does is in `failed/console/`.
+runs; what a verb does is in `failed/console/` and `idempotency/console.py`.
 """
 
 from __future__ import annotations
@@ -257,3 +257,65 @@ def explain(context: click.Context, output: str) -> None:
     """Say for each task what adopting celery-resilience changes, and what is risky."""
     module = import_module("celery_resilience.explaining")
     context.exit(module.run(context.obj.app, output))
+
+
+@resilience.group(name="keys", invoke_without_command=True)
+@click.pass_context
+def keys(context: click.Context) -> None:
+    """Look at idempotency keys, and forget them; without a verb, list them."""
+    if context.invoked_subcommand is None:
+        context.invoke(_list_keys)
+
+
+def _run_keys(context: click.Context, verb: str, words: dict[str, Any]) -> None:
+    """A verb of `keys`; what it does is in `idempotency/console.py`."""
+    module = import_module("celery_resilience.idempotency.console")
+    code = module.run(
+        context.obj.app,
+        verb,
+        words,
+        with_traceback=getattr(context.obj, "with_traceback", False),
+    )
+    sys.stdout.flush()
+    context.exit(code)
+
+
+@keys.command(name="list", cls=CeleryCommand)
+@click.option(
+    "--state",
+    metavar="STATE",
+    help="queued, running, retrying, done, failed or interrupted.",
+)
+@click.option("--task", metavar="GLOB", help="The task's name.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    metavar="N",
+    help="At most so many.",
+)
+@_output("table", "json")
+@click.pass_context
+def _list_keys(context: click.Context, /, **words: Any) -> None:
+    """List keys, in any order."""
+    _run_keys(context, "list", words)
+
+
+@keys.command(name="show", cls=CeleryCommand)
+@click.argument("key", metavar="KEY")
+@_output("text", "json")
+@click.pass_context
+def _show_key(context: click.Context, /, **words: Any) -> None:
+    """Show a key by its name, or the start of its 64 digits; never its result."""
+    _run_keys(context, "show", words)
+
+
+@keys.command(name="forget", cls=CeleryCommand)
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@click.option("--running", is_flag=True, help="Also one that is running.")
+@_yes
+@click.pass_context
+def _forget_keys(context: click.Context, /, **words: Any) -> None:
+    """Forget keys, so that their effects may happen again."""
+    _run_keys(context, "forget", words)

@@ -14,7 +14,7 @@ from celery_resilience.idempotency.record import (
     KeyState,
     Verdict,
 )
-from celery_resilience.idempotency.rows import stored
+from celery_resilience.idempotency.rows import outcome, stored
 from celery_resilience.stores.redis import RedisServer
 
 ROOM = "idempotency"
@@ -68,6 +68,7 @@ class RedisKeyStore:
         until_s: float = 0.0,
     ) -> str | None:
         """Say what the run of *claim* came to, in one round trip."""
+        result, until_s = outcome(state, result, until_s)
         has_result = int(result is not None)
         words = (str(state), until_s, has_result, result or b"")
         owner: bytes | None = self._run("finish", *_words(claim), *words)

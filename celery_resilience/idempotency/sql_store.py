@@ -31,7 +31,7 @@ from celery_resilience.idempotency.record import (
     KeyState,
     Verdict,
 )
-from celery_resilience.idempotency.rows import stored
+from celery_resilience.idempotency.rows import outcome, stored
 from celery_resilience.idempotency.sql_table import (
     ROOM,
     TABLES,
@@ -93,6 +93,7 @@ class SqlKeyStore:
         until_s: float = 0.0,
     ) -> str | None:
         """Say what the run of *claim* came to, in one round trip."""
+        result, until_s = outcome(state, result, until_s)
         words = self._words(claim) | {
             "new_state": str(state),
             "result": result,
@@ -120,6 +121,7 @@ class SqlKeyStore:
             keys.c.key.in_([claim.key for claim in claims]),
             keys.c.token.in_(by_token),
             keys.c.state == KeyState.RUNNING,
+            keys.c.expires_at > self._database.now(),
         )
         lease_until = self._database.now() + case(
             {token: claim.lease_s for token, claim in by_token.items()},

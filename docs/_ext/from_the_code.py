@@ -64,9 +64,17 @@ def commands(group: str) -> Iterator[str]:
     """The help of each command of a group, as a terminal shows it."""
     found: click.Group = getattr(command, group)
     yield f"{found.help}\n"
-    above = click.Context(found, info_name=f"celery -A shop {group}")
+    yield from _verbs(group, found, None)
+
+
+def _verbs(
+    group: str, found: click.Group, above: click.Context | None
+) -> Iterator[str]:
+    typed = group if above else f"celery -A shop {group}"
+    inside = click.Context(found, info_name=typed.split(" ")[-1] if above else typed)
+    inside.parent = above
     for name, verb in found.commands.items():
-        context = click.Context(verb, info_name=name, parent=above)
+        context = click.Context(verb, info_name=name, parent=inside)
         context.max_content_width = 84
         yield f"## {group} {name}\n"
         yield "```text"
