@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from sqlalchemy import create_engine, text
 
 from benchmarks.figures import Figure, interleaved, ratio_of
 from benchmarks.fleet import make_app
@@ -100,10 +101,21 @@ def measure() -> Iterator[Figure]:
 def _store(name: str) -> Iterator[str]:
     if name != "sqlite":
         with services.running(name) as server:
+            if name == "mariadb":
+                _use_default_memory(server.url)
             yield server.url
         return
     with tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder:
         yield f"sqlite:///{Path(folder)}/failed.sqlite3"
+
+
+def _use_default_memory(url: str) -> None:
+    """As MariaDB is used; the tests' own has less, for there are several."""
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        statement = f"SET GLOBAL innodb_buffer_pool_size = {128 * 2**20}"
+        connection.execute(text(statement))
+    engine.dispose()
 
 
 def _collection(name: str, store_url: str, broker_url: str) -> Figure:

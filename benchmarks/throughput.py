@@ -1,4 +1,9 @@
-"""Real prefork workers on Redis: tasks in a second, plain and resilient in turn."""
+"""
+Real prefork workers: tasks in a second, in turn.
+
+On Redis, plain and resilient; on Redis and RabbitMQ, resilient with and without a
+collector beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
 from redis import Redis
@@ -26,6 +32,11 @@ FAILING_TASKS = 2_000
 ENQUEUED = 2_000
 PAIRS = 7
 
+BESIDE_TASKS = 5_000
+ONE_FAILS_IN = 20
+
+FAILED_QUEUE = "bench.failed"
+
 START_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 300.0
 
@@ -36,16 +47,21 @@ class Side:
 
     Args:
         kind: "plain" or "resilient".
-        server: The Redis of both.
+        server: The broker, Redis or RabbitMQ, of both.
         folder: For the worker's log and the store.
+        flags: Of the worker, besides the usual ones.
     """
 
-    def __init__(self, kind: str, server: services.Service, folder: Path) -> None:
+    def __init__(
+        self, kind: str, server: services.Service, folder: Path, *flags: str
+    ) -> None:
         self.kind = kind
         self.app: Celery = make_app(server.url, kind)
-        self._client = Redis(port=server.port)
-        # As Redis is used; the tests' own flushes each write, for it is killed.
-        self._client.config_set("appendfsync", "everysec")
+        self._queues: RedisQueues | AmqpQueues = (
+            RedisQueues(server) if server.name == "redis" else AmqpQueues(self.app)
+        )
+        self._flags = flags
+        self._sent = 0
         self._log = folder / f"{kind}.log"
         self._environment = {
             **os.environ,
@@ -58,13 +74,13 @@ class Side:
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
         """Its worker, for the length of a block."""
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "celery", "-A", "benchmarks.fleet"),
                     *("worker", "--concurrency", "2", "--loglevel", "WARNING"),
                     *("--hostname", f"{self.kind}@bench", "--without-gossip"),
-                    *("--without-mingle", "--without-heartbeat"),
+                    *("--without-mingle", "--without-heartbeat", *self._flags),
                 ],
                 cwd=ROOT,
                 env=self._environment,
@@ -76,23 +92,30 @@ class Side:
         try:
             services.wait_for(self._answers, START_TIMEOUT_S, f"the {self.kind} worker")
             self._consume(False)
+            self._sent = 0
             yield
         finally:
             process.terminate()
             process.wait(60)
 
-    def run(self, task: str, count: int) -> float:
+    def run(self, *tasks: str) -> float:
         """Tasks in a second, from the first one taken to the last acknowledged."""
         with self.app.producer_pool.acquire(block=True) as producer:
-            for _ in range(count):
+            for task in tasks:
                 self.app.tasks[task].apply_async(producer=producer)
+        services.wait_for(
+            lambda: self._queues.waiting(self.kind) == len(tasks),
+            START_TIMEOUT_S,
+            f"{len(tasks)} tasks sent",
+        )
+        self._sent += len(tasks)
         start = time.perf_counter()
         self._consume(True)
-        services.wait_for(self._is_idle, DRAIN_TIMEOUT_S, f"{count} tasks")
+        services.wait_for(self._is_idle, DRAIN_TIMEOUT_S, f"{len(tasks)} tasks")
         seconds = time.perf_counter() - start
         self._consume(False)
-        self._client.delete("bench.failed")
-        return count / seconds
+        self._queues.empty(FAILED_QUEUE)
+        return len(tasks) / seconds
 
     def enqueue(self, count: int) -> float:
         """Seconds for each `delay()`."""
@@ -101,7 +124,7 @@ class Side:
         for _ in range(count):
             task.delay()
         seconds = time.perf_counter() - start
-        self._client.delete(self.kind)
+        self._queues.empty(self.kind)
         return seconds / count
 
     def _consume(self, on: bool) -> None:
@@ -118,10 +141,68 @@ class Side:
         )
 
     def _is_idle(self) -> bool:
+        return self._queues.is_done(self.kind, self._sent)
+
+
+class RedisQueues:
+    """
+    What waits in queues on Redis.
+
+    Args:
+        server: The Redis.
+    """
+
+    def __init__(self, server: services.Service) -> None:
+        self._client = Redis(port=server.port)
+        # As Redis is used; the tests' own flushes each write, for it is killed.
+        self._client.config_set("appendfsync", "everysec")
+
+    def waiting(self, queue: str) -> int:
+        """Messages that no worker has taken."""
+        return int(self._client.llen(queue))
+
+    def is_done(self, queue: str, sent: int) -> bool:
+        """Whether workers have taken and acknowledged all."""
         pipe = self._client.pipeline()
-        pipe.llen(self.kind)
+        pipe.llen(queue)
         pipe.hlen("unacked")
         return pipe.execute() == [0, 0]
+
+    def empty(self, queue: str) -> None:
+        """Forget what waits."""
+        self._client.delete(queue)
+
+
+class AmqpQueues:
+    """
+    What waits in queues on RabbitMQ.
+
+    Args:
+        app: It has one worker.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def waiting(self, queue: str) -> int:
+        """Messages that no worker has taken."""
+        with self._app.connection_for_read() as connection:
+            channel: Any = connection.default_channel
+            return int(channel.queue_declare(queue, passive=True).message_count)
+
+    def is_done(self, queue: str, sent: int) -> bool:
+        """Whether the worker has run all that was sent since it started."""
+        # RabbitMQ does not tell what is taken: the worker does.
+        inspect: Any = self._app.control.inspect(timeout=5, limit=1)
+        begun = [sum(answer["total"].values()) for answer in inspect.stats().values()]
+        return begun == [sent] and not any(inspect.active().values())
+
+    def empty(self, queue: str) -> None:
+        """Forget what waits."""
+        with self._app.connection_for_write() as connection:
+            channel: Any = connection.default_channel
+            channel.queue_declare(queue, durable=True, auto_delete=False)
+            channel.queue_purge(queue)
 
 
 def measure() -> Iterator[Figure]:
@@ -145,10 +226,10 @@ def measure() -> Iterator[Figure]:
                 ("failing", FAILING_TASKS, 0.80),
             ):
                 for side in (plain, resilient):
-                    side.run(task, count // 5)
+                    side.run(*[task] * (count // 5))
                 ours, theirs = interleaved(
-                    partial(resilient.run, task, count),
-                    partial(plain.run, task, count),
+                    partial(resilient.run, *[task] * count),
+                    partial(plain.run, *[task] * count),
                     PAIRS,
                 )
                 ratio, raw = ratio_of(ours, theirs)
@@ -159,3 +240,32 @@ def measure() -> Iterator[Figure]:
                     at_least=at_least,
                     raw=raw,
                 )
+    for broker in ("redis", "rabbitmq"):
+        yield _beside_a_collector(broker)
+
+
+def _beside_a_collector(broker: str) -> Figure:
+    """One task in so many fails; each block has a worker of its own."""
+    tasks = ["nothing"] * BESIDE_TASKS
+    tasks[::ONE_FAILS_IN] = ["failing"] * len(tasks[::ONE_FAILS_IN])
+
+    def run(side: Side) -> float:
+        with side.worker():
+            side.run(*tasks[: len(tasks) // 5])
+            return side.run(*tasks)
+
+    with (
+        services.running(broker) as server,
+        tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder,
+    ):
+        alone = Side("resilient", server, Path(folder))
+        beside = Side("resilient", server, Path(folder), "--collect-failed")
+        ours, theirs = interleaved(partial(run, beside), partial(run, alone), PAIRS)
+    ratio, raw = ratio_of(ours, theirs)
+    return Figure(
+        f"beside a collector, {100 / ONE_FAILS_IN:g} % fail, {broker}: tasks/s",
+        ratio,
+        "x",
+        at_least=0.97,
+        raw=raw,
+    )

@@ -16,10 +16,13 @@ from celery import bootsteps, platforms
 from celery.utils import log as celery_log
 from kombu.utils.compat import detect_environment
 
+from celery_resilience.failed.collector import BATCH
+
 logger = logging.getLogger("celery_resilience.failed")
 
-#: Seconds between two passes while the failed queues are empty.
-IDLE_S = 1.0
+#: Seconds between two passes, but where one has moved a whole batch: each costs a
+#: connection and a transaction, so that the worker beside it would feel many.
+PAUSE_S = 1.0
 
 #: Seconds between two looks at whether the collector lives.
 LOOK_S = 1.0
@@ -187,14 +190,31 @@ def collect_forever(app: Any, should_stop: Callable[[], bool]) -> None:
     from celery_resilience.failed.api import FailedTasks
 
     failed = FailedTasks(app)
+    repeat(lambda: failed.collect().documents, should_stop, pause=_wait)
+
+
+def repeat(
+    collect: Callable[[], int],
+    should_stop: Callable[[], bool],
+    *,
+    pause: Callable[[float, Callable[[], bool]], None],
+) -> None:
+    """
+    Make passes, also after one that failed, until *should_stop*.
+
+    Args:
+        collect: Makes one; returns how many documents it moved.
+        should_stop: Asked between passes, and by *pause*.
+        pause: Waits so many seconds, or until *should_stop*.
+    """
     while not should_stop():
         try:
-            moved = failed.collect().documents
+            moved = collect()
         except Exception as exc:
             logger.warning("cannot collect: %s: %s", type(exc).__name__, exc)
             moved = 0
-        if not moved:
-            _wait(IDLE_S, should_stop)
+        if moved < BATCH:
+            pause(PAUSE_S, should_stop)
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:

@@ -109,11 +109,14 @@ class Collector:
         self, inbox: Inbox, keep: Callable[[Sequence[OriginalMessage]], None]
     ) -> int:
         moved = 0
-        while (batch := inbox.take(self._batch)).messages:
+        is_full = True
+        # What comes while a last, smaller batch is kept waits for the next pass.
+        while is_full and (batch := inbox.take(self._batch)).messages:
             keep(batch.messages)
             batch.done()
             taken = Usage(len(batch.messages), sum(len(m.body) for m in batch.messages))
             moved += taken.count
+            is_full = taken.count == self._batch
             self._batch = _next_batch(taken)
             self._trim(taken)
         return moved

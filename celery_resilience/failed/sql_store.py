@@ -97,22 +97,33 @@ class SqlFailedTaskStore:
         by_id: dict[str, list[Mapping[str, Any]]] = {}
         for document in documents:
             by_id.setdefault(document["id"], []).append(document)
-        while by_id:
-            found = self._lock_rows(connection, list(by_id))
+        left = self._insert_unseen(connection, by_id)
+        while left:
+            found = self._lock_rows(connection, left)
             new: list[Record] = []
             changed: list[Record] = []
-            for id, its_documents in by_id.items():
-                before = after = found.get(id)
-                for document in its_documents:
-                    after = merged(after, document)
+            for id in left:
+                before = found.get(id)
+                after = _merged(before, by_id[id])
                 if after is not None and after != before:
                     (new if before is None else changed).append(after)
             self._update(connection, changed)
-            inserted = self._insert(connection, [row_of(record) for record in new])
             # What another collector inserted a moment ago is merged with in the
             # next round.
-            by_id = {r.id: by_id[r.id] for r in new if r.id not in inserted}
+            is_done = self._insert(connection, [row_of(record) for record in new])
+            left = [] if is_done else [record.id for record in new]
         self._forget_ghosts(connection)
+
+    def _insert_unseen(
+        self, connection: Connection, by_id: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> list[str]:
+        """Insert what is most likely new; returns the ids that are to be looked for."""
+        first = [_merged(None, documents) for documents in by_id.values()]
+        # A replay's outcome has a record.
+        new = [record for record in first if record is not None and not record.number]
+        if not self._insert(connection, [row_of(record) for record in new]):
+            return list(by_id)
+        return list(by_id.keys() - {record.id for record in new})
 
     def _lock_rows(
         self, connection: Connection, ids: Sequence[str]
@@ -135,15 +146,16 @@ class SqlFailedTaskStore:
 
     def _insert(
         self, connection: Connection, rows: Sequence[Mapping[str, Any]]
-    ) -> set[str]:
+    ) -> bool:
+        """Insert *rows*, and say whether all were new."""
         if not rows:
-            return set()
+            return True
         # In one order everywhere, so that collectors wait and do not deadlock.
         sorted_rows = sorted(
             ({"namespace": self._namespace, **row} for row in rows),
             key=lambda row: row["id"],
         )
-        return self._database.insert_new(connection, sorted_rows, failed.c.id)
+        return self._database.insert_new(connection, failed, sorted_rows)
 
     def _forget_ghosts(self, connection: Connection) -> None:
         connection.execute(
@@ -332,9 +344,16 @@ class SqlFailedTaskStore:
         self._ready()
         inserted: set[str] = set()
         for page in pages(tasks, DOCUMENTS):
-            rows = [row_of_kept(kept) for kept in page]
-            inserted |= self._database.write(partial(self._insert, rows=rows))
+            inserted |= self._database.write(partial(self._insert_kept, tasks=page))
         return inserted
+
+    def _insert_kept(self, connection: Connection, tasks: Sequence[Kept]) -> set[str]:
+        """One by one, so that it is known of each."""
+        return {
+            kept.record.id
+            for kept in sorted(tasks, key=lambda kept: kept.record.id)
+            if self._insert(connection, [row_of_kept(kept)])
+        }
 
     def remove(self, tasks: Sequence[Kept]) -> set[str]:
         """Forget those of *tasks* that are still as they were read; returns their ids."""
@@ -541,6 +560,14 @@ class SqlFailedTaskStore:
 
     def _mine(self) -> ColumnElement[bool]:
         return failed.c.namespace == self._namespace
+
+
+def _merged(
+    record: Record | None, documents: Sequence[Mapping[str, Any]]
+) -> Record | None:
+    for document in documents:
+        record = merged(record, document)
+    return record
 
 
 def _count(connection: Connection, statement: Update) -> int:

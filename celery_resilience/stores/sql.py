@@ -178,23 +178,16 @@ class SqlDatabase:
         return self._dialect.now()
 
     def insert_new(
-        self,
-        connection: Connection,
-        rows: Sequence[Mapping[str, Any]],
-        key: Column[Any],
-    ) -> set[Any]:
+        self, connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]
+    ) -> bool:
         """
-        Insert those of *rows* that are not there yet.
-
-        Args:
-            rows: Of *key*'s table.
-            key: The column by which the caller knows a row.
+        Insert *rows* of *table*, in the order of their primary keys.
 
         Returns:
-            Keys of inserted rows. One that is missing may be inserted all the same,
-            and is certainly there: look again.
+            Whether all were new. If not, those that are there already stay as they
+            are, and of the others nobody knows whether they are there now.
         """
-        return self._dialect.insert_new(connection, rows, key)
+        return self._dialect.insert_new(connection, table, rows)
 
     def statements_engine(self, *, connect_s: int, answer_s: int) -> Engine:
         """
@@ -304,7 +297,7 @@ class SqlDatabase:
                     self._dialect.create(
                         connection, metadata, [schema_versions, *tables]
                     )
-                    self._dialect.insert_new(connection, [row], schema_versions.c.room)
+                    self._dialect.insert_new(connection, schema_versions, [row])
                 return
             except (DBAPIError, TimeoutError) as exc:
                 if self._version_of(room) is not None:

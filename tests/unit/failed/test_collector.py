@@ -185,6 +185,26 @@ def test_every_queue_is_emptied_batch_by_batch(store: Store, log: list[Any]) -> 
     assert collected.documents == BATCH + 123
 
 
+def test_a_queue_that_goes_on_filling_ends(store: Store, log: list[Any]) -> None:
+    """Else a few at a time are a transaction each, and what else there is waits."""
+    messages = [posted(a_failed_document(task_id=str(i))) for i in range(30)]
+
+    class Filling(Inbox):
+        def take(self, limit: int) -> Batch:
+            self.messages.append(messages.pop())
+            return super().take(limit)
+
+    filling, other = Filling([], log), Inbox([messages[0]], log)
+    for _ in range(FIRST_BATCH):
+        filling.messages.append(messages.pop())
+
+    collected = a_collector(store).collect([filling, other])
+
+    # What was there comes in a full batch, and what came meanwhile in the last one.
+    assert [size for what, size in log if what == "keep"] == [FIRST_BATCH, 2, 1]
+    assert collected.documents == FIRST_BATCH + 3
+
+
 def test_large_documents_come_in_small_batches(store: Store, log: list[Any]) -> None:
     """A batch is in memory, whole."""
     large = a_message(body=os.urandom(1_500_000))

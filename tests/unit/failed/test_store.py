@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from polling import eventually
-from sqlalchemy import text
+from sqlalchemy import event, text
 from unit.conftest import Backend
 from unit.specimens import (
     HOSTILE_TEXT,
@@ -280,6 +280,72 @@ def test_more_documents_than_a_page_are_kept(store: FailedTaskStore) -> None:
     assert store.count(ALL) == PAGE + 20
     listed = [summary.task_id for summary in store.list(ALL)]
     assert listed == [f"t{i}" for i in range(PAGE + 20)][::-1]
+
+
+def test_a_batch_may_hold_what_is_new_and_what_is_known(store: FailedTaskStore) -> None:
+    """Each is kept as if it had come alone."""
+    again, replayed, succeeded = keep(store, "again", "replayed", "succeeded")
+    claims = {claim.id: claim for claim in store.claim([replayed, succeeded])}
+
+    store.keep(
+        [
+            failed("again", at=NOW + 60, attempt=2),
+            failed("new"),
+            replay_failed(claims[replayed]),
+            replay_succeeded(claims[succeeded]),
+            a_success_document(at=NOW, task_id="succeeded first"),
+            failed("also new"),
+        ]
+    )
+
+    assert len(get(store, again).attempts) == 2
+    assert len(get(store, replayed).attempts) == 2
+    assert state_of(store, replayed) == ("unresolved", None)
+    assert state_of(store, succeeded) == ("resolved", None)
+    assert {summary.task_id for summary in store.list(ALL)} == {
+        *("again", "new", "replayed", "succeeded", "also new")
+    }
+
+
+def test_a_batch_of_outcomes_alone_is_kept(store: FailedTaskStore) -> None:
+    """With nothing that is new beside them."""
+    failing, succeeding = keep(store, "a", "b")
+    claims = store.claim([failing, succeeding])
+
+    store.keep([replay_failed(claims[0]), replay_succeeded(claims[1])])
+
+    assert len(get(store, failing).attempts) == 2
+    assert state_of(store, succeeding) == ("resolved", None)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mariadb"])
+def test_what_is_new_is_not_looked_for(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """PostgreSQL reads whole tables for it until it has analysed them."""
+    url = (
+        f"sqlite:///{tmp_path}/new.sqlite3"
+        if kind == "sqlite"
+        else request.getfixturevalue(f"{kind}_url")()
+    )
+    database = SqlDatabase(url)
+    store = SqlFailedTaskStore(database, fresh_name("shop"))
+    (id,) = keep(store, "first")
+    claim = claim_one(store, id)
+    sent: list[str] = []
+    event.listen(
+        database._open(),
+        "before_cursor_execute",
+        lambda *args: sent.append(args[2].split()[0]),
+    )
+
+    keep(store, *(f"t{i}" for i in range(20)))
+    assert [word for word in sent if word != "BEGIN"] == ["INSERT", "DELETE"]
+
+    sent.clear()
+    store.keep([replay_failed(claim)])
+    assert [word for word in sent if word != "BEGIN"] == ["SELECT", "UPDATE", "DELETE"]
+    database.close()
 
 
 def test_collectors_may_keep_the_same_at_once(make_store: MakeStore) -> None:
@@ -1388,6 +1454,18 @@ def test_what_is_there_is_not_inserted_again(make_store: MakeStore) -> None:
     assert store.insert(before) == set()
 
     assert state_of(store, id) == ("discarded", None)
+
+
+def test_what_is_new_is_inserted_beside_what_is_there(make_store: MakeStore) -> None:
+    """And only what is new is told of."""
+    one, other = make_store(fresh_name("shop")), make_store(fresh_name("shop"))
+    names = ["a", "b", "c", "d"]
+    ids = keep(one, *names)
+    keep(other, "b", "d")
+
+    assert other.insert(list(one.kept(ids))) == {ids[0], ids[2]}
+
+    assert other.known(ids) == set(ids)
 
 
 def test_a_moved_replay_goes_on_in_the_other_store(make_store: MakeStore) -> None:

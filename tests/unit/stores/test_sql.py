@@ -585,9 +585,7 @@ def test_a_text_that_is_too_long_is_refused(
 
         for insert in (
             lambda c, row=row: c.execute(schema_versions.insert(), row),
-            lambda c, row=row, d=database: d.insert_new(
-                c, [row], schema_versions.c.room
-            ),
+            lambda c, row=row, d=database: d.insert_new(c, schema_versions, [row]),
         ):
             with pytest.raises(StoreUnavailable, match="too long"):
                 database.write(insert)
@@ -595,21 +593,24 @@ def test_a_text_that_is_too_long_is_refused(
 
 
 def test_only_what_is_new_is_inserted(open_database: Any) -> None:
-    """What is there stays as it is; what is not told as new is there."""
+    """What is there stays as it is, and is told of, by itself and among others."""
     database = open_database()
     database.ready("crashes", *ROOMS["crashes"])
-    room = schema_versions.c.room
 
-    def insert(version: int, *rooms: str) -> set[str]:
+    def insert(version: int, *rooms: str) -> bool:
         rows = [{"room": name, "version": version} for name in rooms]
-        return set(database.write(lambda c: database.insert_new(c, rows, room)))
+        return bool(
+            database.write(lambda c: database.insert_new(c, schema_versions, rows))
+        )
 
-    assert insert(1, "a", "b") == {"a", "b"}
-    assert "b" not in insert(2, "b", "c")
-    assert insert(3, "c", "d") <= {"c", "d"}
+    assert insert(1, "a")
+    assert insert(1, "b", "c")
+    assert not insert(2, "a")
+    assert not insert(2, "b", "d")
+    assert not insert(2, "b", "c")
     with database.reading() as connection:
         found = {r.room: r.version for r in connection.execute(select_versions())}
-    assert (found["a"], found["b"]) == (1, 1)
+    assert [found[room] for room in ("a", "b", "c")] == [1, 1, 1]
 
 
 # --- processes ------------------------------------------------------------------------
