@@ -46,6 +46,7 @@ def mortal() -> Iterator[Mortal]:
     server.start()
     yield server
     server.stop()
+    server.remove()
 
 
 def test_a_server_that_was_killed_says_so_and_why(mortal: Mortal) -> None:
@@ -92,6 +93,7 @@ def test_a_server_that_does_not_come_up_is_not_waited_for() -> None:
     with pytest.raises(EndedByItself, match=r"exited with 1(.|\n)*no such option"):
         server.start()
     server.stop()
+    server.remove()
 
 
 def test_a_killed_postgresql_leaves_no_backend(own_server: Any) -> None:
