@@ -32,6 +32,15 @@ def redis_channel(consumer: Any) -> Any:
     return None
 
 
+def is_broadcast(message: Any, queue: str) -> bool:
+    """
+    Whether Redis told *message* to every worker that listens, as a `Broadcast` does.
+
+    Nobody can send to the queue of one listener (``kombu/transport/redis.py:1185``).
+    """
+    return queue in getattr(message.channel, "active_fanout_queues", ())
+
+
 def unacknowledged(channel: Any) -> dict[str, Any]:
     """The messages that *channel* delivered and has not settled, by delivery tag."""
     qos = channel.qos

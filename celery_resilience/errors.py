@@ -74,6 +74,10 @@ class RetryNotPublished(ResilienceError):
         )
 
 
+class BroadcastIsOnce(ResilienceError):
+    """A broadcast cannot be sent again to one worker: this run was its only one."""
+
+
 class TaskExited(ResilienceError):
     """The task raised SystemExit or another exception that is not an Exception.
 

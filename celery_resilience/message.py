@@ -63,7 +63,13 @@ TRANSPORT_PROPERTIES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OriginalMessage:
-    """One message, byte for byte, with the queue it came from."""
+    """
+    One message, byte for byte, with the queue it came from.
+
+    Attributes:
+        is_broadcast: Its queue takes only what is told to all: nothing can be sent
+            there for this worker alone.
+    """
 
     body: bytes
     headers: dict[str, Any]
@@ -74,6 +80,7 @@ class OriginalMessage:
     routing_key: str
     queue: str
     redelivered: bool = False
+    is_broadcast: bool = False
 
     @property
     def marks(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -19,6 +20,7 @@ from celery_resilience._celery import (
     running_requests,
 )
 from celery_resilience._kombu import queue_of
+from celery_resilience._kombu_redis import is_broadcast
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.message import OriginalMessage, original_message, text_of
@@ -179,4 +181,10 @@ class Deliveries:
 
     def original(self, message: Any) -> OriginalMessage:
         """The original of a kombu message that this worker took."""
-        return original_message(message, self.queue_of(message))
+        queue = self.queue_of(message)
+        original = original_message(message, queue)
+        return replace(original, is_broadcast=is_broadcast(message, queue))
+
+    def can_come_again(self, message: Any) -> bool:
+        """Whether a copy of a message that this worker took can be sent to it."""
+        return not is_broadcast(message, self.queue_of(message))

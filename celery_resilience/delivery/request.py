@@ -28,6 +28,7 @@ from celery_resilience.delivery.settlement import failure_of_run, plain_failure
 from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
     AskAgain,
+    BroadcastIsOnce,
     KeyMismatch,
     RunInterrupted,
     SendAgain,
@@ -95,6 +96,9 @@ class ResilientRequest(SettlingRequest):
             self._take_facts()
         if isinstance(exc, Terminated):
             super().on_failure(exc_info, send_failed_event, return_ok)
+        elif isinstance(exc, Snooze | SendAgain) and not self._can_come_again:
+            once = BroadcastIsOnce(f"{exc.reason}: {BroadcastIsOnce.__doc__}")
+            self._fail(Reason.EXCEPTION, once, _celery.info_of(once))
         elif isinstance(exc, Snooze):
             snoozes = self.marks.get("snoozes", 0) + 1
             self._send_again(
@@ -278,7 +282,7 @@ class ResilientRequest(SettlingRequest):
             self.task.max_crashes,
             self._take_facts().get("runs_before", 0),
         )
-        if verdict.delay_s is None:
+        if verdict.delay_s is None or not self._can_come_again:
             self._fail(reason, exc, exc_info)
             return
         logger.warning(
@@ -341,6 +345,10 @@ class ResilientRequest(SettlingRequest):
             # A result backend that is away, or a hook that raises, must not
             # leave the message unacknowledged: the failure is kept already.
             logger.exception("after the failure of %s[%s]", self.name, self.id)
+
+    @property
+    def _can_come_again(self) -> bool:
+        return self.deliveries.can_come_again(self.message)
 
     def _take_facts(self) -> dict[str, Any]:
         return self.deliveries.facts.take(self.worker_pid, id_text(self.id))

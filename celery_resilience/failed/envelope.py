@@ -241,6 +241,7 @@ def pack(original: OriginalMessage) -> dict[str, Any]:
         "routing_key": original.routing_key,
         "queue": original.queue,
         "redelivered": original.redelivered,
+        **({"is_broadcast": True} if original.is_broadcast else {}),
     }
 
 
@@ -256,6 +257,7 @@ def unpack(packed: Mapping[str, Any]) -> OriginalMessage:
         routing_key=packed["routing_key"],
         queue=packed["queue"],
         redelivered=bool(packed.get("redelivered")),
+        is_broadcast=bool(packed.get("is_broadcast")),
     )
 
 

@@ -131,6 +131,11 @@ class Replayer:
             PublishRefused: The broker did not take it.
             BrokerUnavailable: Nobody knows.
         """
+        if claim.original.is_broadcast and claim.to_queue is None:
+            raise PublishRefused(
+                f"{claim.original.queue} takes only what is told to every worker: name "
+                "another queue (--to-queue)"
+            )
         new_id = None
         if claim.wants_new_id or claim.reason in NEEDS_NEW_ID:
             # The same one where a claim is sent twice.

@@ -17,6 +17,7 @@ import keyed_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
+from kombu.common import Broadcast
 
 from celery_resilience import Resilience, ResilientTask, Skip, Snooze
 
@@ -48,16 +49,23 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
 
     Args:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
-            queues by their names, each bound to a topic exchange of its name.
+            queues by their names, each bound to a topic exchange of its name; and
+            `fleet_broadcast`, what every worker listens to besides.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
-    app.conf.update({k: v for k, v in conf.items() if k != "fleet_queues"})
+    app.conf.update({k: v for k, v in conf.items() if not k.startswith("fleet_")})
     queues: dict[str, dict[str, Any]] = conf.get("fleet_queues", {})
     if queues:
         app.conf.task_queues = [
             Queue(name, Exchange(name, type="topic"), name, queue_arguments=arguments)
             for name, arguments in queues.items()
+        ]
+    if "fleet_broadcast" in conf:
+        default = app.conf.task_default_queue
+        app.conf.task_queues = [
+            Queue(default, Exchange(default), default),
+            Broadcast(conf["fleet_broadcast"]),
         ]
     base: Any = Task if is_plain else ResilientTask
     if not is_plain:
