@@ -9,6 +9,7 @@ fails with celery-resilience, also when it is run again, that passes without.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import shutil
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 from urllib.request import urlopen
 from xml.etree import ElementTree
 
@@ -29,9 +31,9 @@ from tests import services
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".compat"
 
-#: Seconds of one run, and of one test that does not end.
-RUN_TIMEOUT_S = 3_600
-TEST_TIMEOUT_S = 60
+#: Seconds of one file, and of one test that does not end.
+FILE_TIMEOUT_S = 1_800
+TEST_TIMEOUT_S = 120
 
 #: Put beside a suite's folder `t`, where it beats every plugin. Celery's own marks run
 #: a test six times, and wait five minutes for each. Where a test is run again at once,
@@ -236,49 +238,65 @@ class Run:
         """
         Run *tests*; returns what became of each, "passed", "failed" or "skipped".
 
+        Each file has a process of its own: one test that is cut off spoils the worker
+        that the others of its process share.
+
         Raises:
-            RuntimeError: They did not run, or not on a resilient worker.
+            RuntimeError: They did not run on a resilient worker.
         """
-        report = Path(f"{self.folder}.xml")
-        report.unlink(missing_ok=True)
+        found: dict[str, str] = {}
+        files: dict[str, list[str]] = {}
+        for test in tests:
+            for word in self._in_files(test):
+                files.setdefault(word.partition("::")[0], []).append(word)
         with services.running("redis") as redis, self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    *(
-                        self.suite.python,
-                        "-m",
-                        "pytest",
-                        "-q",
-                        "-p",
-                        "no:cacheprovider",
-                    ),
-                    "--continue-on-collection-errors",
-                    *(f"--timeout={TEST_TIMEOUT_S}", f"--junitxml={report}", *tests),
-                ],
-                cwd=self.folder,
-                env={
-                    **os.environ,
-                    **(redis_environment(redis) if self.suite.is_on_redis else {}),
-                    "C_FORCE_ROOT": "1",
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                services.wait_for(
-                    lambda: services.exit_code(process) is not None,
-                    RUN_TIMEOUT_S,
-                    f"{self.folder.name} ends",
-                )
-            finally:
-                # With the workers that it has left behind.
-                services.kill_group(process)
-        if not report.exists():
-            raise RuntimeError(f"{self.folder.name} did not end: see {self.log}")
+            for file, words in files.items():
+                found |= self._run(file, words, redis, log)
         if self.is_resilient and not (self.folder / PROOF).exists():
             raise RuntimeError(f"{self.folder.name}: no worker was resilient")
+        return found
+
+    def _in_files(self, test: str) -> list[str]:
+        if not (self.folder / test).is_dir():
+            return [test]
+        paths = sorted((self.folder / test).rglob("test_*.py"))
+        return [str(path.relative_to(self.folder)) for path in paths]
+
+    def _run(
+        self, file: str, words: Sequence[str], redis: services.Service, log: IO[bytes]
+    ) -> dict[str, str]:
+        report = Path(f"{self.folder}.xml")
+        report.unlink(missing_ok=True)
+        programs = Path(self.suite.python).parent
+        process = subprocess.Popen(
+            [
+                *(self.suite.python, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+                *(f"--timeout={TEST_TIMEOUT_S}", f"--junitxml={report}", *words),
+            ],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                **(redis_environment(redis) if self.suite.is_on_redis else {}),
+                "C_FORCE_ROOT": "1",
+                "PATH": f"{programs}:{os.environ['PATH']}",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(TimeoutError):
+                services.wait_for(
+                    lambda: services.exit_code(process) is not None,
+                    FILE_TIMEOUT_S,
+                    f"{file} ends",
+                )
+        finally:
+            # With the workers that it has left behind.
+            services.kill_group(process)
+        if not report.exists():
+            return {f"{file}::did not end": "failed"}
         return outcomes_of(report)
 
 

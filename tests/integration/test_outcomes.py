@@ -223,19 +223,23 @@ class Settled:
             self.ids[row.task] = self.fleet.send(row.task, *args).id
         wanted = sum(sum(row.deliveries.values()) for row in self.rows)
         failed = {row.task for row in self.rows if row.reason}
-        eventually(
-            lambda: failed <= {r["task"] for r in self.fleet.records().values()},
-            within_s=90,
-            every_s=0.5,
-            what=f"records of {failed} on {self.broker}, {self.pool}",
-        )
-        eventually(
-            lambda: all(
-                self.fleet.runs(self.ids[row.task]) >= row.runs for row in self.rows
-            ),
-            within_s=60,
-            what="every run",
-        )
+        try:
+            eventually(
+                lambda: failed <= {r["task"] for r in self.fleet.records().values()},
+                within_s=90,
+                every_s=0.5,
+                what=f"records of {failed} on {self.broker}, {self.pool}",
+            )
+            eventually(
+                lambda: all(
+                    self.fleet.runs(self.ids[row.task]) >= row.runs for row in self.rows
+                ),
+                within_s=60,
+                what="every run",
+            )
+        except AssertionError as exc:
+            exc.add_note(worker.text)
+            raise
         assert worker.stop() == 0, worker.text
         self.outcomes = worker.outcomes()
         self.records = self.fleet.records()
