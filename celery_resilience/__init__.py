@@ -16,6 +16,8 @@ __all__ = [
     "Snooze",
     "TaskOptions",
     "__version__",
+    "once",
+    "purge_once",
 ]
 
 if TYPE_CHECKING:
@@ -26,18 +28,16 @@ if TYPE_CHECKING:
         Snooze,
     )
     from celery_resilience.failed.api import FailedTasks
+    from celery_resilience.idempotency.once import once, purge_once
     from celery_resilience.install import Resilience
     from celery_resilience.task import ResilientTask, TaskOptions
 
     __version__: str
 else:
     #: Imported when a name is first used: every call of `celery` imports this package.
-    _MODULES = {
-        "FailedTasks": "failed.api",
-        "Resilience": "install",
-        "ResilientTask": "task",
-        "TaskOptions": "task",
-    }
+    _MODULES = {"FailedTasks": "failed.api", "Resilience": "install"}
+    _MODULES |= dict.fromkeys(("ResilientTask", "TaskOptions"), "task")
+    _MODULES |= dict.fromkeys(("once", "purge_once"), "idempotency.once")
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -243,9 +243,18 @@ def resilience(context: click.Context) -> None:
 
 @resilience.command(cls=CeleryCommand)
 @click.option("--sql", is_flag=True, required=True, help="Print the statements.")
+@click.option(
+    "--once",
+    type=click.Choice(["sqlite", "postgresql", "mysql"]),
+    help="Those of the table of once() instead, for your own database of that kind.",
+)
 @click.pass_context
-def schema(context: click.Context, sql: bool) -> None:
+def schema(context: click.Context, sql: bool, once: str | None) -> None:
     """Print the statements that make the store's tables."""
+    if once is not None:
+        table = import_module("celery_resilience.idempotency.once_table")
+        click.echo(table.ddl(once), nl=False)
+        return
     module = import_module("celery_resilience.failed.console.run")
     context.exit(module.run(context.obj.app, "schema", {}))
 

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from celery import Celery, signals
+from celery import Celery, current_app, current_task, signals
 
 from celery_resilience import flags
 from celery_resilience.errors import ConfigurationError, MissingExtra
@@ -26,6 +26,8 @@ from celery_resilience.settings import (
 from celery_resilience.task import ResilientTask
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
@@ -77,6 +79,20 @@ class Resilience:
         if self._app is None:
             raise ConfigurationError("there is no app yet: call init_app first")
         return explain_app(self._app)
+
+    def create_once_table(self, bind: Engine | Connection) -> None:
+        """
+        Make the table of `once` in the user's own database, unless it is there.
+
+        Args:
+            bind: An engine; or a connection, in whose transaction it is made.
+
+        Raises:
+            ConfigurationError: Neither, or of a database where `once` does not work.
+        """
+        from celery_resilience.idempotency import once_table
+
+        once_table.create(bind)
 
 
 class IsEnding(Protocol):
@@ -403,3 +419,22 @@ def installation_of(app: Celery) -> Installation:
             "Resilience(app), or base=ResilientTask to a task"
         )
     return found
+
+
+def current_namespace() -> str:
+    """
+    The namespace of the app whose task runs here, or else of the current app.
+
+    Raises:
+        ConfigurationError: There is no app, or nothing is installed in it.
+    """
+    proxy: Any = current_app
+    app: Any = current_task.app if current_task else proxy._get_current_object()
+    # Celery makes one of that kind for who asks before there is any.
+    if app.main == "default" and not app.set_as_current:
+        raise ConfigurationError(
+            "no Celery app is known here, whose namespace the key would have: import "
+            "the app, or give namespace="
+        )
+    found: Installation | None = getattr(app, _ATTRIBUTE, None)
+    return (found or installation_of(app)).settings.namespace

@@ -6,7 +6,7 @@ from django.apps import AppConfig
 
 
 class CeleryResilienceConfig(AppConfig):
-    """Brings `manage.py failed_tasks`; it has no models and turns nothing on."""
+    """Brings `manage.py failed_tasks` and the table of `once`; it turns nothing on."""
 
     name = "celery_resilience.django"
     label = "celery_resilience"

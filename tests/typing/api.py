@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import assert_type
 
 from celery import Celery, shared_task
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session, scoped_session
 
 import celery_resilience
 from celery_resilience import (
@@ -20,7 +23,10 @@ from celery_resilience import (
     Skip,
     Snooze,
     TaskOptions,
+    once,
+    purge_once,
 )
+from celery_resilience.idempotency.once import AsyncOnce, Once
 
 # --- what must be accepted --------------------------------------------------------------
 
@@ -105,6 +111,34 @@ def failed_tasks() -> None:
     assert_type(failed.discard(["a91f"]), int)
 
 
+def charge_once(session: Session, connection: Connection, engine: Engine) -> object:
+    """A key in one's own transaction."""
+    claimed = once(session, "charge:17")
+    assert_type(claimed, Once)
+    if claimed:
+        claimed.save({"charge": 17})
+    assert_type(once(connection, "charge:17", namespace="shop"), Once)
+    assert_type(once("default", "charge:17"), Once)
+    assert_type(purge_once(session, older_than_s=86_400, limit=500), int)
+    resilience.create_once_table(engine)
+    resilience.create_once_table(connection)
+    return claimed.result
+
+
+async def charge_once_async(
+    session: AsyncSession, connection: AsyncConnection, local: scoped_session[Session]
+) -> None:
+    """Awaited where the session is."""
+    claimed = await once(session, "charge:17")
+    assert_type(claimed, AsyncOnce)
+    if claimed:
+        await claimed.save([1, 2])
+    assert_type(await once(connection, "charge:17"), AsyncOnce)
+    assert_type(await purge_once(connection, older_than_s=60), int)
+    assert_type(once(local, "charge:17"), Once)
+    await connection.run_sync(resilience.create_once_table)
+
+
 # --- what must be refused ---------------------------------------------------------------
 
 
@@ -125,6 +159,14 @@ TaskOptions(max_crash=3)  # type: ignore[typeddict-unknown-key]  # pyright: igno
 @app.task(base=ResilientTask, **TaskOptions(max_crashes=2.5))  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 def wrong(order_id: int) -> None:
     """An option is checked where it is given."""
+
+
+def wrong_once(session: Session, engine: Engine) -> None:
+    """What has no transaction, and what is no key."""
+    once(engine, "charge:17")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    once(session, 17)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    once(session)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    purge_once(session)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
 def wrong_calls(order_id: int) -> None:
