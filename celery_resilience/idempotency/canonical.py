@@ -87,7 +87,10 @@ def _write_other(value: Any, parts: list[str]) -> None:
     elif isinstance(value, bytes | bytearray | memoryview):
         parts.append(f"b{len(bytes(value))}:{bytes(value).hex()}")
     elif isinstance(value, datetime):
-        moment = value if value.tzinfo is None else value.astimezone(UTC)
+        try:
+            moment = value if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError as exc:
+            raise NoCanonicalForm("a moment that UTC has no date for") from exc
         parts.append(f"D{moment.isoformat()};")
     elif isinstance(value, date):
         parts.append(f"Y{value.isoformat()};")

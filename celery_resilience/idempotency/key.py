@@ -16,11 +16,13 @@ from typing import Any
 
 from celery_resilience.errors import ConfigurationError, NoKey
 from celery_resilience.idempotency.canonical import NoCanonicalForm, canonical
+from celery_resilience.redaction import storable
 
 #: Characters of a key's name: what a store keeps, and what most providers take.
 MAX_NAME = 255
 
-#: Of a longer name, so many are kept, and the rest is a digest of it all.
+#: Of a longer name, or one that not every broker takes, so many are kept, and the rest
+#: is a digest of it all.
 _KEPT = 200
 
 #: Texts that are shown as they are; anything else is quoted.
@@ -125,8 +127,8 @@ class KeyMaker:
         name = self._name_of(bound, fingerprint, args, kwargs)
         if name is None:
             return None
-        if len(name) > MAX_NAME:
-            name = f"{name[:_KEPT]}…{_digest(name)}"
+        if len(name) > MAX_NAME or storable(name) != name:
+            name = f"{storable(name)[:_KEPT]}…{_digest(name)}"
         return MadeKey(name, fingerprint)
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +176,11 @@ class KeyMaker:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> str | None:
-        name = self._spec(*args, **kwargs)
+        try:
+            name = self._spec(*args, **kwargs)
+        except TypeError as exc:
+            # The body may take these arguments; without a key it would run unguarded.
+            raise NoKey(f"idempotency_key of {self._task} raised {exc!r}") from exc
         if name is None or (isinstance(name, str) and name):
             return name
         raise NoKey(

@@ -20,6 +20,7 @@ from celery_resilience.idempotency.canonical import (
     is_stable,
 )
 from celery_resilience.idempotency.key import MAX_NAME, KeyMaker, store_key
+from celery_resilience.idempotency.registered import received_key
 
 
 def maker(spec: Any, body: Callable[..., Any]) -> KeyMaker:
@@ -97,6 +98,15 @@ def test_a_callable_may_say_that_a_call_has_no_key() -> None:
 
 
 @pytest.mark.parametrize(
+    "spec", [lambda order_id: "", lambda order_id, amount: "charge:" + order_id]
+)
+def test_a_callable_that_is_wrong_makes_no_call_a_call_without_a_key(spec: Any) -> None:
+    """It raises TypeError, as it does for arguments that the body does not take."""
+    with pytest.raises(NoKey, match=r"shop\.charge raised TypeError\("):
+        received_key(maker(spec, charge), (1, 10), {})
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "charge:{order}",
@@ -156,6 +166,17 @@ def test_arguments_that_the_body_does_not_take_make_no_key() -> None:
         with pytest.raises(TypeError) as refused:
             maker("charge:{order_id}", charge).make(args, kwargs)
         assert not isinstance(refused.value, NoKey)
+
+
+@pytest.mark.parametrize("odd", ["\ud800", "\ud800" * 300])
+def test_a_key_of_any_text_can_be_sent(odd: str) -> None:
+    """AMQP has no header with half a character; the key stays its own."""
+    made = name("charge:{order_id}", odd)
+
+    assert made.encode()
+    assert len(made) <= MAX_NAME
+    shown = odd.encode(errors="backslashreplace").decode()
+    assert made not in [name("charge:{order_id}", o) for o in ("\ud801", shown)]
 
 
 def test_a_long_key_is_cut_and_stays_its_own() -> None:
@@ -304,6 +325,12 @@ def test_different_values_have_different_forms() -> None:
 def test_equal_values_have_one_form(one: Any, other: Any) -> None:
     """Whatever order or type a serializer gives them."""
     assert canonical(one) == canonical(other)
+
+
+def test_a_moment_that_utc_does_not_have_has_no_form() -> None:
+    """The last one of the calendar, west of Greenwich."""
+    with pytest.raises(NoCanonicalForm):
+        canonical(datetime.max.replace(tzinfo=timezone(timedelta(hours=-5))))
 
 
 @pytest.mark.parametrize(
