@@ -53,6 +53,9 @@ KEYED_RUN = "_resilience_run"
 HANDED_OVER = "_resilience_handed_over"
 
 
+#: What Celery's `apply_async` takes by position after the task's id.
+POSITIONAL = ("producer", "link", "link_error", "shadow")
+
 #: Names of arguments; one string is no list of them.
 Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
@@ -320,10 +323,20 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         Raises:
             NoKey: No key can be made of these arguments.
         """
+        if task_id is not None:
+            options["task_id"] = task_id
+        if more:
+            # By their names, as a base class of the app's own may take them.
+            options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
         publish = super().apply_async
-        if keys is None or installation is None or not installation.settings.enabled:
-            return publish(args, kwargs, task_id, *more, **options)
+        if (
+            keys is None
+            or installation is None
+            or not installation.settings.enabled
+            or self.app.conf.task_always_eager
+        ):
+            return publish(args, kwargs, **options)
         request = self.request_stack.top
         is_own = request is not None and task_id is not None and task_id == request.id
         return installation.key_sender.send(
@@ -332,10 +345,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             publish,
             args,
             kwargs,
-            task_id,
-            more,
             options,
-            retried=vars(request).get(KEYED_RUN) if is_own else None,
+            own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
     @property
