@@ -179,6 +179,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return skip.result
         after_body = None
         try:
+            if HEADER in request.__dict__ and isinstance(request.headers, dict):
+                # What the body hands on of its headers is not about its messages.
+                request.headers.pop(HEADER, None)
             if HEADER in request.__dict__ or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
             if self._keys is not None:
