@@ -221,9 +221,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the body between taking a key and saying what it came to."""
-        with soft_limit_deferred():
-            run = self._begin_keyed(rooms, request, args, kwargs)
+        run = None
         try:
+            with soft_limit_deferred():
+                # A soft limit that passed meanwhile is raised here, with the key taken.
+                run = self._begin_keyed(rooms, request, args, kwargs)
             if self._base_has_a_call:
                 result = super().__call__(*args, **kwargs)
             else:
@@ -304,6 +306,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             raise
         except Reject as reject:
             publish_error: BaseException = reject.args[0]
+            if isinstance(publish_error, Ignore | Retry):
+                # Not the broker's: another run has the key, and this one's retry
+                # counts no more.
+                raise publish_error from None
             raise RetryNotPublished.of(
                 publish_error, kwargs.get("exc")
             ) from publish_error
@@ -378,8 +384,6 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def on_replace(self, sig: Any) -> Any:
         """Celery's replacement, which belongs to the same replay."""
         request = self.request_stack.top
-        if request is not None and KEYED_RUN in vars(request):
-            vars(request)[HANDED_OVER] = True
         marks = inherited_marks(request, INHERITED_BY_ANOTHER)
         if request is not None and marks:
             heir = _celery.signature_of(sig, request.id)
@@ -389,7 +393,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 headers = heir.options.get("headers") or {}
                 heir.options["headers"] = {**headers, **marks}
                 vars(request)[REPLACED] = True
-        return super().on_replace(sig)
+        try:
+            return super().on_replace(sig)
+        except Ignore:
+            # It is sent.
+            if request is not None and KEYED_RUN in vars(request):
+                vars(request)[HANDED_OVER] = True
+            raise
 
     def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
         """Send the task when the Django transaction is committed."""
