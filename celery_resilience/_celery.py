@@ -151,6 +151,22 @@ def enter_body(request: Any) -> None:
     request._protected = 1
 
 
+def sent_arguments(
+    task: Any, args: Any, kwargs: Any, serializer: str | None
+) -> tuple[Any, Any]:
+    """
+    The arguments of a call as `apply_async` hands them to the serializer.
+
+    Without pydantic's models, which Celery 5.7 dumps there (``app/task.py:730``);
+    earlier releases do not take them.
+    """
+    dump = getattr(task, "_dump_pydantic_arguments", None)
+    if dump is None or serializer == "pickle":
+        return args, kwargs
+    dumped: tuple[Any, Any] = dump(args, kwargs)
+    return dumped
+
+
 def stores_result(task: Any, request: Any) -> bool:
     """Whether the result backend stores what this run returns."""
     ignores = request.ignore_result

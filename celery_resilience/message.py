@@ -151,12 +151,17 @@ def _is_replay(mark: Any) -> bool:
     )
 
 
+#: Of a call's arguments; "" where they are not compared.
+_FINGERPRINT = re.compile(r"(?:[0-9a-f]{32})?")
+
+
 def _is_key(mark: Any) -> bool:
     return (
         isinstance(mark, list | tuple)
         and len(mark) == 2
         and all(isinstance(text, str) for text in mark)
         and 1 <= len(mark[0]) <= MAX_KEY
+        and _FINGERPRINT.fullmatch(mark[1]) is not None
     )
 
 

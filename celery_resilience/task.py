@@ -53,6 +53,9 @@ KEYED_RUN = "_resilience_run"
 HANDED_OVER = "_resilience_handed_over"
 
 
+#: What Celery's `apply_async` takes by position after the task's id.
+POSITIONAL = ("producer", "link", "link_error", "shadow")
+
 #: Names of arguments; one string is no list of them.
 Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
@@ -176,6 +179,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return skip.result
         after_body = None
         try:
+            if HEADER in request.__dict__ and isinstance(request.headers, dict):
+                # What the body hands on of its headers is not about its messages.
+                request.headers.pop(HEADER, None)
             if HEADER in request.__dict__ or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
             if self._keys is not None:
@@ -215,9 +221,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the body between taking a key and saying what it came to."""
-        with soft_limit_deferred():
-            run = self._begin_keyed(rooms, request, args, kwargs)
+        run = None
         try:
+            with soft_limit_deferred():
+                # A soft limit that passed meanwhile is raised here, with the key taken.
+                run = self._begin_keyed(rooms, request, args, kwargs)
             if self._base_has_a_call:
                 result = super().__call__(*args, **kwargs)
             else:
@@ -298,6 +306,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             raise
         except Reject as reject:
             publish_error: BaseException = reject.args[0]
+            if isinstance(publish_error, Ignore | Retry):
+                # Not the broker's: another run has the key, and this one's retry
+                # counts no more.
+                raise publish_error from None
             raise RetryNotPublished.of(
                 publish_error, kwargs.get("exc")
             ) from publish_error
@@ -320,10 +332,20 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         Raises:
             NoKey: No key can be made of these arguments.
         """
+        if task_id is not None:
+            options["task_id"] = task_id
+        if more:
+            # By their names, as a base class of the app's own may take them.
+            options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
         publish = super().apply_async
-        if keys is None or installation is None or not installation.settings.enabled:
-            return publish(args, kwargs, task_id, *more, **options)
+        if (
+            keys is None
+            or installation is None
+            or not installation.settings.enabled
+            or self.app.conf.task_always_eager
+        ):
+            return publish(args, kwargs, **options)
         request = self.request_stack.top
         is_own = request is not None and task_id is not None and task_id == request.id
         return installation.key_sender.send(
@@ -332,10 +354,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             publish,
             args,
             kwargs,
-            task_id,
-            more,
             options,
-            retried=vars(request).get(KEYED_RUN) if is_own else None,
+            own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
     @property
@@ -364,8 +384,6 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def on_replace(self, sig: Any) -> Any:
         """Celery's replacement, which belongs to the same replay."""
         request = self.request_stack.top
-        if request is not None and KEYED_RUN in vars(request):
-            vars(request)[HANDED_OVER] = True
         marks = inherited_marks(request, INHERITED_BY_ANOTHER)
         if request is not None and marks:
             heir = _celery.signature_of(sig, request.id)
@@ -375,7 +393,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 headers = heir.options.get("headers") or {}
                 heir.options["headers"] = {**headers, **marks}
                 vars(request)[REPLACED] = True
-        return super().on_replace(sig)
+        try:
+            return super().on_replace(sig)
+        except Ignore:
+            # It is sent.
+            if request is not None and KEYED_RUN in vars(request):
+                vars(request)[HANDED_OVER] = True
+            raise
 
     def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
         """Send the task when the Django transaction is committed."""

@@ -19,14 +19,12 @@ class ResultBackend:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
 
-    def result_of(self, task_id: str) -> tuple[bool, Any]:
-        """Whether the task is stored as SUCCESS, and its result."""
+    def result_of(self, task_id: str) -> tuple[str | None, Any]:
+        """The state that is stored of a task, None if unknown, and its result."""
         try:
             meta = self._backend.get_task_meta(task_id, cache=False)
         except Exception as exc:
             # Disabled, away, or of results that are not accepted.
             logger.info("the result of %s is not known: %s", task_id, exc)
-            return False, None
-        if meta.get("status") != "SUCCESS":
-            return False, None
-        return True, meta.get("result")
+            return None, None
+        return meta.get("status"), meta.get("result")

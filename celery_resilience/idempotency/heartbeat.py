@@ -98,8 +98,11 @@ class Heartbeat:
             return
         lost = store.renew(claims)
         for claim in claims:
-            if claim.key in lost and self._claims.pop(claim.token, None) is not None:
-                lease_lost(claim)
+            # Of two runs here with one key, the older has lost it.
+            if claim.key in lost:
+                lost.discard(claim.key)
+                if self._claims.pop(claim.token, None) is not None:
+                    lease_lost(claim)
 
     def _purge(self, _: list[Claim]) -> None:
         store = self._store()

@@ -17,12 +17,16 @@ _INLINE, _NOT_KEPT = b"=", b"!"
 #: A result that the result backend has, or will have, under the task's id.
 IN_BACKEND = b"@"
 
+#: One that another task will have, which goes on under the task's id.
+HANDED_OVER = b">"
+
 
 class Kept(StrEnum):
     """Where a result is."""
 
     HERE = "here"
     IN_BACKEND = "in_backend"
+    HANDED_OVER = "handed_over"
     NOWHERE = "nowhere"
 
 
@@ -69,6 +73,8 @@ def unpack(data: bytes | None, accept: Sequence[str] | None) -> SavedResult:
         return SavedResult(Kept.NOWHERE)
     if data[:1] == IN_BACKEND:
         return SavedResult(Kept.IN_BACKEND)
+    if data[:1] == HANDED_OVER:
+        return SavedResult(Kept.HANDED_OVER)
     content_type, encoding, body = data[1:].split(b"\0", 2)
     try:
         value = deserialized(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+from celery_resilience import _celery
 from celery_resilience.errors import ResilienceError
 from celery_resilience.idempotency.canonical import is_stable
 from celery_resilience.idempotency.key import KeyMaker, MadeKey, store_key
@@ -71,11 +72,9 @@ class KeySender:
         publish: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        task_id: str | None,
-        more: tuple[Any, ...],
         options: dict[str, Any],
         *,
-        retried: KeyedRun | None,
+        own: KeyedRun | None,
     ) -> Any:
         """
         Send a message with its key, or find the one that waits already.
@@ -84,34 +83,41 @@ class KeySender:
             task: The task.
             keys: How its keys are made.
             publish: Celery's `apply_async`, with all that follows.
-            more: Its further positional arguments, from `producer` on.
             options: Its keywords.
-            retried: The run whose own task this message lets come again.
+            own: The run whose own task id this message has: its retry, which has the
+                key on it, or the same task once more in its place.
 
         Raises:
             NoKey: No key can be made of these arguments.
         """
-        if retried is not None:
-            with retrying(retried, options.get("countdown"), options.get("eta")):
-                return publish(args, kwargs, task_id, *more, **options)
         headers = options.get("headers") or {}
         marks = marks_of(headers)
-        if KEY in marks:
-            return publish(args, kwargs, task_id, *more, **options)
+        if own is not None and KEY in marks:
+            with retrying(own, options.get("countdown"), options.get("eta")):
+                return publish(args, kwargs, **options)
         serializer = options.get("serializer") or task.serializer
-        made = sent_key(keys.maker, args or (), kwargs or {}, serializer)
-        if made is None:
-            return publish(args, kwargs, task_id, *more, **options)
-        marks = {**marks, KEY: [made.name, made.fingerprint]}
-        options["headers"] = {**headers, HEADER: marks}
-        if not keys.options.is_unique_enqueue or _is_waited_for(more, options):
-            return publish(args, kwargs, task_id, *more, **options)
-        task_id = task_id or str(uuid4())
+        sent = _celery.sent_arguments(task, args, kwargs, serializer)
+        made = sent_key(keys.maker, sent[0] or (), sent[1] or {}, serializer)
+        marks = {name: mark for name, mark in marks.items() if name != KEY}
+        if made is not None:
+            marks[KEY] = [made.name, made.fingerprint]
+        if marks or HEADER in headers:
+            options["headers"] = {**headers, HEADER: marks}
+        if made is not None and own is not None and made.name == own.claim.name:
+            with retrying(own, options.get("countdown"), options.get("eta")):
+                return publish(args, kwargs, **options)
+        if (
+            made is None
+            or not keys.options.is_unique_enqueue
+            or _is_waited_for(options)
+        ):
+            return publish(args, kwargs, **options)
+        task_id = options["task_id"] = str(uuid4())
         waiting = self._reserve(made, keys.options, task.name, task_id, options)
         if waiting is not None:
             return task.AsyncResult(waiting)
         try:
-            return publish(args, kwargs, task_id, *more, **options)
+            return publish(args, kwargs, **options)
         except BaseException:
             self.release(made.name, task.name, task_id)
             raise
@@ -154,8 +160,10 @@ class KeySender:
             logger.warning("the key %r stays reserved for a while: %s", name, exc)
 
 
-def _is_waited_for(more: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether a canvas waits for this very message, so that no other may stand for it."""
-    link = more[1] if len(more) > 1 else options.get("link")
-    waits = ("chain", "chord", "group_id")
-    return bool(link) or any(options.get(name) for name in waits)
+def _is_waited_for(options: Mapping[str, Any]) -> bool:
+    """Whether something waits for this very message, so that no other may stand for it.
+
+    Whoever gives a task an id waits for it: so does every part of a canvas.
+    """
+    waits = ("task_id", "link", "link_error", "chain", "chord", "group_id")
+    return any(options.get(name) for name in waits)

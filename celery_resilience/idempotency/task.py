@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from celery import states
 from celery.exceptions import Retry
 
 from celery_resilience import _celery
@@ -34,7 +35,7 @@ from celery_resilience.idempotency.key import MadeKey, store_key
 from celery_resilience.idempotency.options import KeyOptions
 from celery_resilience.idempotency.record import Begun, Claim, KeyState, Verdict
 from celery_resilience.idempotency.registered import TaskKeys, received_key
-from celery_resilience.idempotency.results import IN_BACKEND, Kept, pack, unpack
+from celery_resilience.idempotency.results import HANDED_OVER, Kept, pack, unpack
 from celery_resilience.idempotency.store import KeyStore
 from celery_resilience.message import KEY, id_text
 
@@ -52,6 +53,10 @@ MAX_LOOK_S = 30.0
 
 #: Seconds between two looks at a key whose task will be retried much later.
 MAX_LOOK_AT_RETRY_S = 300.0
+
+#: How often a message looks for the result of a task that goes on in another's place:
+#: for an hour or two.
+MAX_LOOKS = 24
 
 #: Seconds after its due time for which a retry's key is kept for it, in the queue.
 RETRY_GRACE_S = 3_600.0
@@ -165,7 +170,7 @@ class KeyedRun:
     def handed_over(self) -> None:
         """Another task goes on under this one's id, and will store its result."""
         if not self._has_ended and self.epoch:
-            self._end(KeyState.DONE, IN_BACKEND)
+            self._end(KeyState.DONE, HANDED_OVER)
 
     def still_runs(self) -> None:
         """The message of a retry could not be published."""
@@ -291,11 +296,7 @@ class KeyGuard:
         )
         try:
             begun = self._begin(claim)
-            if (
-                begun.verdict is Verdict.DONE
-                and begun.owner != call.task_id
-                and options.if_done == "rerun"
-            ):
+            if begun.verdict is Verdict.DONE and _runs_again(call, begun):
                 claim = replace(claim, is_forced=True)
                 begun = self._begin(claim)
         except Exception as exc:
@@ -380,25 +381,30 @@ class KeyGuard:
                 f"the effect of the key {call.name!r} has happened, in task {begun.owner}"
             )
         saved = unpack(begun.result, self._accept)
-        value = saved.value
-        is_stored = False
-        if is_own or saved.kept is Kept.IN_BACKEND:
-            is_stored, stored = call.backend.result_of(begun.owner)
-            if saved.kept is Kept.IN_BACKEND and is_stored:
-                value = stored
+        if saved.kept is Kept.HERE and not is_own:
+            return Skip(DUPLICATE, saved.value)
+        status, stored = call.backend.result_of(begun.owner)
+        is_stored = status == states.SUCCESS
+        if saved.kept is Kept.HANDED_OVER and not is_stored:
+            if is_own:
+                # The other task goes on with what follows, too.
+                return DropDelivery(DUPLICATE)
+            if status is not None and call.snoozes < MAX_LOOKS:
+                delay_s = look_again_s(call.snoozes, MAX_LOOK_AT_RETRY_S)
+                return Snooze(delay_s, KEY_HELD)
         if is_own and is_stored:
             # Celery stores a result after it has sent what follows: not once more.
             call.let_go()
-        if saved.kept is Kept.NOWHERE or (
-            saved.kept is Kept.IN_BACKEND and not is_stored
-        ):
+        if saved.kept is Kept.HERE:
+            return Skip(DUPLICATE, saved.value)
+        if not is_stored:
             logger.warning(
                 "the result of the key %r is not kept: %s[%s] ends with None",
                 call.name,
                 call.task,
                 call.task_id,
             )
-        return Skip(DUPLICATE, value)
+        return Skip(DUPLICATE, stored if is_stored else None)
 
     def _busy(self, call: Call, begun: Begun) -> Exception:
         """What a duplicate raises while another run has the key."""
@@ -455,6 +461,16 @@ def retrying(run: KeyedRun, countdown: Any, eta: Any) -> Iterator[None]:
     except BaseException:
         run.still_runs()
         raise
+
+
+def _runs_again(call: Call, begun: Begun) -> bool:
+    """Whether *call* runs though its key is done."""
+    if begun.owner != call.task_id and call.options.if_done == "rerun":
+        return True
+    if begun.result != HANDED_OVER:
+        return False
+    status, _ = call.backend.result_of(begun.owner)
+    return status in (states.FAILURE, states.REVOKED)
 
 
 def look_again_s(snoozes: int, longest_s: float) -> float:

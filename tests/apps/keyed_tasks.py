@@ -139,3 +139,42 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
     def unique(self: Any, name: str) -> str:
         note(self.name, self.request.id, self.request.retries, key_of(self))
         return name
+
+    @task(name="keyed_soft", idempotency_key="s:{name}", soft_time_limit=1)
+    def keyed_soft(self: Any, name: str) -> str:
+        note(self.name, self.request.id, self.request.retries, key_of(self))
+        return name
+
+    @task(name="keyed_late_retry", idempotency_key="l:{name}")
+    def keyed_late_retry(self: Any, name: str, path: str) -> str:
+        note(self.name, self.request.id, self.request.retries, key_of(self))
+        while not Path(path).exists():
+            time.sleep(0.05)
+        raise self.retry(countdown=0)
+
+    @task(name="keyed_replaced", idempotency_key="p:{name}")
+    def keyed_replaced(self: Any, name: str, path: str, seconds: float = 0) -> Any:
+        note(self.name, self.request.id, self.request.retries, key_of(self))
+        named = name if Path(path).exists() else object()
+        raise self.replace(app.tasks["sleep_keyless"].si(named, seconds))
+
+    @task(name="sleep_keyless")
+    def sleep_keyless(self: Any, name: str, seconds: float) -> str:
+        note(self.name, self.request.id, self.request.retries)
+        time.sleep(seconds)
+        return name
+
+    @task(name="keyed_moved", idempotency_key="m:{name}")
+    def keyed_moved(self: Any, name: str, to: str = "") -> Any:
+        note(self.name, self.request.id, self.request.retries, key_of(self))
+        if to:
+            raise self.replace(self.s(to))
+        return name
+
+    @task(name="keyed_forwards", idempotency_key="f:{name}")
+    def keyed_forwards(self: Any, name: str) -> None:
+        note("headers", *(self.request.headers or {}))
+        for number in (1, 2):
+            app.tasks["keyed_result"].apply_async(
+                (f"{name}{number}", number), headers=self.request.headers
+            )

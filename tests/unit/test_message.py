@@ -75,6 +75,10 @@ def test_marks_are_added_to_those_that_are_there(
 GARBLED = {
     "alone": ["yes", 1, None],
     "crashed_at": ["now", float("nan"), float("inf"), None],
+    "key": [
+        *("k", ["k"], ["", ""], ["k" * 256, ""], ["k", 5], ["k", "f" * 31]),
+        *(["k", "F" * 32], ["k", "f" * 33], ["k", "f" * 32 + "\n"], ["k", "\0" * 32]),
+    ],
     "crashes": ["many", -1, 1.5, True, [], None],
     "redeliveries": ["many"],
     "replay": [
