@@ -426,7 +426,7 @@ def current_namespace() -> str:
     The namespace of the app whose task runs here, or else of the current app.
 
     Raises:
-        ConfigurationError: There is no app, or nothing is installed in it.
+        ConfigurationError: There is no app, or one of its settings is wrong.
     """
     proxy: Any = current_app
     app: Any = current_task.app if current_task else proxy._get_current_object()
@@ -436,5 +436,4 @@ def current_namespace() -> str:
             "no Celery app is known here, whose namespace the key would have: import "
             "the app, or give namespace="
         )
-    found: Installation | None = getattr(app, _ATTRIBUTE, None)
-    return (found or installation_of(app)).settings.namespace
+    return installed_or_new(app).settings.namespace

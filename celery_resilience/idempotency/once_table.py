@@ -7,20 +7,22 @@ from typing import Any
 from sqlalchemy import (
     Column,
     Connection,
+    Double,
     Engine,
-    Float,
     Index,
     MetaData,
     String,
     Table,
+    Text,
     inspect,
 )
+from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.idempotency.once_sql import NAME_CHARS, TABLE
-from celery_resilience.stores.sql_dialects import TABLE_OPTIONS, LongText, dialect_of
+from celery_resilience.stores.sql_dialects import TABLE_OPTIONS, dialect_of
 
 #: By (namespace, created_at): keys are purged by their age.
 INDEX = "resilience_once_age"
@@ -30,13 +32,13 @@ OPTIONS = TABLE_OPTIONS
 
 
 def columns() -> list[Column[Any]]:
-    """New columns, which belong to no table yet."""
+    """New columns, of types that Alembic finds again in each kind of database."""
     return [
         Column("key", String(64), primary_key=True),
         Column("namespace", String(64), nullable=False),
         Column("name", String(NAME_CHARS), nullable=False),
-        Column("result", LongText, nullable=True),
-        Column("created_at", Float(53), nullable=False),
+        Column("result", Text().with_variant(LONGTEXT(), "mysql", "mariadb")),
+        Column("created_at", Double(), nullable=False),
     ]
 
 

@@ -461,6 +461,12 @@ def _register(app: Celery, base: Any) -> None:
         started(self)
         raise ValueError("in a queue of its own")
 
+    @task(name="effect", acks_late=True, reject_on_worker_lost=True)
+    def effect(self: Any, url: str, number: int, is_keyed: bool) -> Any:
+        from effects import have_effect
+
+        return have_effect(url, number, is_keyed=is_keyed)
+
     @task(name="hidden", redact=["iban_of_customer"])
     def hidden(self: Any, iban_of_customer: str, note: str = "") -> None:
         raise ValueError(f"cannot charge {iban_of_customer}")
