@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import in_process, start_up, store, throughput
+from benchmarks import in_process, keys, start_up, store, throughput
 from benchmarks.figures import Figure
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -22,6 +22,8 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "start_up": start_up.measure,
     "throughput": throughput.measure,
     "store": store.measure,
+    "keys": keys.measure,
+    "key_stores": keys.measure_stores,
 }
 
 
@@ -62,9 +64,8 @@ def _row(figure: Figure) -> Table:
     table.add_column(width=10, justify="right")
     table.add_column(width=13)
     style = {True: "green", False: "bold red", None: ""}[figure.is_kept]
-    table.add_row(
-        figure.name, Text(f"{figure.value:.3g} {figure.unit}", style), figure.bound
-    )
+    value = "not run" if figure.value is None else f"{figure.value:.3g} {figure.unit}"
+    table.add_row(figure.name, Text(value, style), figure.bound)
     for raw in figure.raw:
         table.add_row(Text(f"  {raw}", "dim"))
     return table

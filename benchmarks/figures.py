@@ -14,14 +14,14 @@ class Figure:
 
     Attributes:
         name: What was measured.
-        value: The figure.
+        value: The figure; None: it could not be measured, `raw` says why.
         unit: "µs", "ms", "MiB", or "x" for a ratio.
         at_most, at_least: Its bound; None where there is none.
         raw: What it was made from, for the reader.
     """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     at_most: float | None = None
     at_least: float | None = None
@@ -36,7 +36,9 @@ class Figure:
 
     @property
     def is_kept(self) -> bool | None:
-        """Whether the bound is kept; None where there is none."""
+        """Whether the bound is kept; None where there is none, or no value."""
+        if self.value is None:
+            return None
         if self.at_most is not None:
             return self.value <= self.at_most
         return None if self.at_least is None else self.value >= self.at_least

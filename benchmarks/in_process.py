@@ -1,16 +1,21 @@
-"""Microseconds for each delivery in the main process, and in the child.
+"""Microseconds for each call where it is sent, in the main process, and in the child.
 
-Celery's own code runs with a pool and a channel that do nothing, so that what is
-left is its work for a delivery, and ours on top of it.
+Celery's own code runs with a producer, a pool and a channel that do nothing, so that
+what is left is its work for a call, and ours on top of it. Keys are asked of a Redis
+that answers at once. What others do on the machine meanwhile is not counted: the time
+is this thread's own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +26,20 @@ from kombu.message import Message
 
 from benchmarks.figures import Figure
 from celery_resilience import Resilience, ResilientTask
+from celery_resilience.idempotency.redis_store import VERSION, RedisKeyStore
+from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import installation_of
+from celery_resilience.message import HEADER, KEY
+from celery_resilience.stores.redis import RedisServer
 from celery_resilience.worker import WorkerSetup
 
-BATCH = 500
-REPEATS = 60
+BATCH = 100
+REPEATS = 200
 
 STAGES = ("received", "given to the pool", "settled and acknowledged")
+
+#: The names of the tasks: of Celery, of ours, and of ours with a key.
+KINDS = ("plain", "resilient", "keyed")
 
 
 class NullPool:
@@ -75,29 +87,29 @@ class MainProcess:
     def deliver(self, count: int) -> list[float]:
         """Seconds for each of `STAGES`, for *count* deliveries."""
         messages = [self._message() for _ in range(count)]
-        marks = [time.perf_counter()]
+        marks = [time.thread_time()]
         for message in messages:
             self._handle(
                 message, None, message.ack_log_error, message.reject_log_error, None
             )
-        marks.append(time.perf_counter())
+        marks.append(time.thread_time())
         for request in self.requests:
             request.execute_using_pool(self.pool)
-        marks.append(time.perf_counter())
+        marks.append(time.thread_time())
         for request, callback in zip(self.requests, self.pool.callbacks, strict=True):
             request.on_accepted(pid=1, time_accepted=0.0)
             callback((0, "None", 0.001))
-        marks.append(time.perf_counter())
+        marks.append(time.thread_time())
         self.requests.clear()
         self.pool.callbacks.clear()
         return [end - start for start, end in itertools.pairwise(marks)]
 
     def _message(self) -> Any:
         return Message(
-            body=json.dumps([[], {}, {}]),
+            body=_body(self._name, 1),
             content_type="application/json",
             content_encoding="utf-8",
-            headers=_headers(self._name, f"{self._name}-{next(self._numbers)}"),
+            headers=_headers(self._name, next(self._numbers)),
             delivery_info={"exchange": "", "routing_key": "celery"},
             properties={"reply_to": "", "correlation_id": ""},
             delivery_tag="tag",
@@ -107,8 +119,37 @@ class MainProcess:
         )
 
 
-def _headers(task: str, id: str) -> dict[str, Any]:
-    return {
+class SilentProducer:
+    """Takes every message, and sends none."""
+
+    connection = SimpleNamespace(_reraise_as_library_errors=contextlib.nullcontext)
+
+    def publish(self, *_: Any, **__: Any) -> None:
+        """Send nothing."""
+
+
+class SilentRedis(RedisServer):
+    """Lets every run have its key, without a round trip."""
+
+    def __init__(self) -> None:
+        super().__init__("redis://", "bench")
+
+    def _make_client(self) -> Any:
+        answers = iter(([b"run", 1, b"", b"", b"0", None], None))
+        return SimpleNamespace(
+            set=lambda *_, **__: None,
+            get=lambda _: VERSION,
+            info=lambda _: {},
+            register_script=lambda _: partial(self._answer, next(answers)),
+        )
+
+    def _answer(self, answer: Any, keys: Any, args: Any) -> Any:
+        return answer
+
+
+def _headers(task: str, number: int) -> dict[str, Any]:
+    id = f"{task}-{number}"
+    headers = {
         "lang": "py",
         "task": task,
         "id": id,
@@ -124,50 +165,108 @@ def _headers(task: str, id: str) -> dict[str, Any]:
         "origin": "bench",
         "ignore_result": True,
     }
+    if task == "keyed":
+        headers[HEADER] = {KEY: [f"bench:{number}", "0" * 32]}
+    return headers
 
 
-def make_app() -> tuple[Celery, Any, Any]:
-    """An app with the same empty task, plain and resilient."""
+def _body(task: str, number: int) -> str:
+    return json.dumps([_args(task, number), {}, {}])
+
+
+def _args(task: str, number: int) -> list[int]:
+    return [number] if task == "keyed" else []
+
+
+def make_app() -> tuple[Celery, list[Any]]:
+    """An app with the same empty task of each of `KINDS`."""
     app = Celery("bench", broker="memory://", set_as_current=False)
-    app.conf.update(task_acks_late=True, task_ignore_result=True)
+    app.conf.update(
+        task_acks_late=True, task_ignore_result=True, resilience_store_url="redis://"
+    )
     Resilience(app)
 
     def nothing() -> None:
         return None
 
-    plain: Any = app.task(base=Task, name="plain")(nothing)
-    resilient: Any = app.task(base=ResilientTask, name="resilient")(nothing)
+    def keyed(number: int) -> None:
+        return None
+
+    app.task(base=Task, name="plain")(nothing)
+    app.task(base=ResilientTask, name="resilient")(nothing)
+    options: Any = {"idempotency_key": "bench:{number}"}
+    app.task(base=ResilientTask, name="keyed", **options)(keyed)
     app.finalize()
-    return app, app.tasks[plain.name], app.tasks[resilient.name]
+    return app, [app.tasks[name] for name in KINDS]
 
 
 def measure() -> Iterator[Figure]:
-    """Both processes' figures."""
-    app, plain, resilient = make_app()
+    """What a call costs in each process."""
+    app, tasks = make_app()
+    gc.freeze()  # what is there already would be looked through each time
+    yield from _sender(tasks)
     worker = SimpleNamespace(
         hostname="bench",
         app=app,
         consumer_cls="celery.worker.consumer:Consumer",
         _process_task=None,
     )
-    setup = WorkerSetup(installation_of(app), worker)
+    installation = installation_of(app)
+    setup = WorkerSetup(installation, worker)
     setup.apply()
     setup.prepare_tasks()
+    assert installation.child is not None
+    store = RedisKeyStore(SilentRedis())
+    guard = KeyGuard(
+        lambda: store,
+        namespace="bench",
+        if_store_down="wait",
+        serializer="json",
+        accept=None,
+    )
+    installation.child = dataclasses.replace(installation.child, keys=guard)
     trace.setup_worker_optimizations(app, "bench")
     try:
-        yield from _main_process(app, plain, resilient)
-        yield _child(app, plain, resilient)
+        yield from _main_process(app, tasks)
+        yield from _child(app, tasks)
     finally:
         trace.reset_worker_optimizations(app)
 
 
-def _main_process(app: Celery, plain: Any, resilient: Any) -> Iterator[Figure]:
-    mains = [MainProcess(app, task) for task in (plain, resilient)]
+def _sender(tasks: list[Any]) -> Iterator[Figure]:
+    producer: Any = SilentProducer()
+
+    def send(task: Any, count: int) -> float:
+        calls = [_args(task.name, n) for n in range(count)]
+        start = time.thread_time()
+        for args in calls:
+            task.apply_async(args, producer=producer)
+        return time.thread_time() - start
+
+    plain, resilient, keyed = _least(send, tasks)
+    raw = [f"plain {plain:.1f}, resilient {resilient:.1f}, with a key {keyed:.1f}"]
+    yield Figure(
+        "sender: more for each call", resilient - plain, "µs", at_most=2, raw=raw
+    )
+    yield Figure("sender: more for a key", keyed - resilient, "µs")
+
+
+def _least(measured: Callable[[Any, int], float], tasks: list[Any]) -> list[float]:
+    """The best time of each task in microseconds."""
+    best = [float("inf")] * len(tasks)
+    for _ in range(REPEATS):
+        for place, task in enumerate(tasks):
+            best[place] = min(best[place], _quietly(measured, task, BATCH))
+    return [seconds / BATCH * 1e6 for seconds in best]
+
+
+def _main_process(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
+    mains = [MainProcess(app, task) for task in tasks]
     best: list[list[float]] = [[float("inf")] * len(STAGES) for _ in mains]
     for _ in range(REPEATS):
         for main, least in zip(mains, best, strict=True):
             least[:] = map(min, least, _quietly(main.deliver, BATCH))
-    before, after = ([s / BATCH * 1e6 for s in stages] for stages in best)
+    before, after, keyed = ([s / BATCH * 1e6 for s in stages] for stages in best)
     yield Figure(
         "main process: more for each delivery",
         sum(after) - sum(before),
@@ -181,37 +280,43 @@ def _main_process(app: Celery, plain: Any, resilient: Any) -> Iterator[Figure]:
             ),
         ],
     )
+    yield Figure(
+        "main process: more for a key", sum(keyed) - sum(after), "µs", at_most=5
+    )
 
 
-def _child(app: Celery, plain: Any, resilient: Any) -> Figure:
-    best = [float("inf"), float("inf")]
-    for task in (plain, resilient):
+def _child(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
+    for task in tasks:
         task.__trace__ = trace.build_tracer(task.name, task, app=app)
-    for _ in range(REPEATS):
-        for i, task in enumerate((plain, resilient)):
-            best[i] = min(best[i], _quietly(_run, task, BATCH))
-    before, after = (seconds / BATCH * 1e6 for seconds in best)
-    return Figure(
+    plain, resilient, keyed = _least(_run, tasks)
+    yield Figure(
         "child: more for each run",
-        after - before,
+        resilient - plain,
         "µs",
         at_most=10,
-        raw=[f"plain {before:.1f}, resilient {after:.1f}"],
+        raw=[f"plain {plain:.1f}, resilient {resilient:.1f}"],
+    )
+    yield Figure(
+        "child: more for a key, besides its round trips",
+        keyed - resilient,
+        "µs",
+        at_most=40,
+        raw=[f"with a key {keyed:.1f}"],
     )
 
 
 def _run(task: Any, count: int) -> float:
-    body = json.dumps([[], {}, {}])
+    body = _body(task.name, 1)
     requests = [
-        {**_headers(task.name, f"id-{i}"), "delivery_info": {"redelivered": False}}
-        for i in range(count)
+        {**_headers(task.name, n), "delivery_info": {"redelivered": False}}
+        for n in range(count)
     ]
-    start = time.perf_counter()
+    start = time.thread_time()
     for request in requests:
         trace.fast_trace_task(
             task.name, request["id"], request, body, "application/json", "utf-8"
         )
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def _quietly(measured: Callable[..., Any], *args: Any) -> Any:

@@ -87,26 +87,27 @@ def fill(app: Celery, count: int) -> None:
 def measure() -> Iterator[Figure]:
     """Collects, looks at a large store, then replays."""
     for name in STORES:
-        with _store(name) as url, services.running("redis") as redis:
+        with running_store(name) as (url, _), services.running("redis") as redis:
             yield _collection(name, url, redis.url)
     for name in STORES:
-        with _store(name) as url:
+        with running_store(name) as (url, _):
             yield from _looks(name, url)
     for broker in ("redis", "rabbitmq"):
-        with services.running(broker) as server, _store("sqlite") as url:
+        with services.running(broker) as server, running_store("sqlite") as (url, _):
             yield _replays(broker, server.url, url)
 
 
 @contextlib.contextmanager
-def _store(name: str) -> Iterator[str]:
+def running_store(name: str) -> Iterator[tuple[str, services.Service | None]]:
+    """The URL of an empty store, and its server where it has one."""
     if name != "sqlite":
         with services.running(name) as server:
             if name == "mariadb":
                 _use_default_memory(server.url)
-            yield server.url
+            yield server.url, server
         return
     with tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder:
-        yield f"sqlite:///{Path(folder)}/failed.sqlite3"
+        yield f"sqlite:///{Path(folder)}/failed.sqlite3", None
 
 
 def _use_default_memory(url: str) -> None:

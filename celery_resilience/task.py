@@ -24,7 +24,7 @@ from celery_resilience.errors import (
     TaskExited,
 )
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, KEY, id_text, marks_of
+from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 
@@ -182,7 +182,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             if HEADER in request.__dict__ and isinstance(request.headers, dict):
                 # What the body hands on of its headers is not about its messages.
                 request.headers.pop(HEADER, None)
-            if HEADER in request.__dict__ or _is_redelivered(request):
+            if has_past(request.__dict__) or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
             if self._keys is not None:
                 return self._run_keyed(rooms, request, args, kwargs)

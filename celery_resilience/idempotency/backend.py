@@ -13,16 +13,16 @@ class ResultBackend:
     Celery's result backend, asked for what another delivery has stored.
 
     Args:
-        backend: The task's.
+        task: Whose it is.
     """
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+    def __init__(self, task: Any) -> None:
+        self._task = task
 
     def result_of(self, task_id: str) -> tuple[str | None, Any]:
         """The state that is stored of a task, None if unknown, and its result."""
         try:
-            meta = self._backend.get_task_meta(task_id, cache=False)
+            meta = self._task.backend.get_task_meta(task_id, cache=False)
         except Exception as exc:
             # Disabled, away, or of results that are not accepted.
             logger.info("the result of %s is not known: %s", task_id, exc)

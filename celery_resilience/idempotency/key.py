@@ -12,6 +12,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from celery_resilience.errors import ConfigurationError, NoKey
@@ -222,9 +223,14 @@ class KeyMaker:
 
 def store_key(namespace: str, task: str, name: str) -> str:
     """What a store knows a key by: two tasks never share one."""
-    parts = (str(_VERSION), namespace, task, name)
-    text = "".join(f"{len(part)}:{part}" for part in parts)
+    text = f"{_prefix(namespace, task)}{len(name)}:{name}"
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+@cache
+def _prefix(namespace: str, task: str) -> str:
+    parts = (str(_VERSION), namespace, task)
+    return "".join(f"{len(part)}:{part}" for part in parts)
 
 
 def _digest(text: str) -> str:

@@ -11,6 +11,8 @@ LONGEST = 255
 
 def stored(text: str) -> str:
     """*text* as every store takes it."""
+    if len(text) <= LONGEST and text.isascii() and "\0" not in text:
+        return text
     return storable(text[:LONGEST])[:LONGEST]
 
 

@@ -266,7 +266,7 @@ class KeyGuard:
                 request.chord or request.chain or request.callbacks or request.group
             ),
             stores_result=_celery.stores_result(task, request),
-            backend=ResultBackend(task.backend),
+            backend=ResultBackend(task),
             let_go=partial(_celery.let_canvas_go, request),
         )
 
