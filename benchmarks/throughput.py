@@ -102,7 +102,10 @@ class Side:
 
     def run(self, *tasks: str) -> float:
         """Tasks in a second, from the first one taken to the last acknowledged."""
-        with self.app.producer_pool.acquire(block=True) as producer:
+        # Of its own: RabbitMQ closes one without heartbeats in the meantime, and
+        # what is written to it then is lost without a word.
+        with self.app.connection_for_write() as connection:
+            producer = self.app.amqp.Producer(connection)
             for task in tasks:
                 self.app.tasks[task].apply_async(producer=producer)
         services.wait_for(
