@@ -14,6 +14,8 @@ import psutil
 import pytest
 from polling import eventually
 from services import Service
+from sqlalchemy import Text, cast, func, select
+from sqlalchemy import case as sql_case
 from tcp_proxy import Proxy, proxy_to, url_through
 from unit.conftest import Backend
 from unit.specimens import HOSTILE_TEXT, fresh_name
@@ -21,6 +23,7 @@ from unit.specimens import HOSTILE_TEXT, fresh_name
 from celery_resilience.errors import StoreUnavailable
 from celery_resilience.idempotency.record import Begun, Claim, KeyState, Verdict
 from celery_resilience.idempotency.store import KeyStore
+from celery_resilience.stores.sql import SqlDatabase
 
 HOUR = 3_600.0
 
@@ -776,6 +779,49 @@ def test_of_many_racers_one_has_the_key(make_store: MakeStore, epoch: int) -> No
         assert sorted(answers) == [("busy", 0)] * (RACERS - 1) + [("run", epoch)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "pause"), [("postgresql", "pg_sleep"), ("mariadb", "sleep")]
+)
+def test_time_stands_still_in_a_statement(request: Any, kind: str, pause: str) -> None:
+    """Else a lease may lapse between two columns of one row."""
+    database = SqlDatabase(request.getfixturevalue(f"{kind}_url")())
+    now = database.dialect.statement_now()
+    waited = sql_case((func.length(cast(getattr(func, pause)(0.02), Text)) >= 0, now))
+    query = select(now.label("before"), waited.label("after"))
+
+    ((before, after),) = database.statements.run_once(query).rows
+
+    database.close()
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("kind", "who"), [("postgresql", "pg_backend_pid"), ("mariadb", "connection_id")]
+)
+def test_a_child_has_a_connection_of_its_own(request: Any, kind: str, who: str) -> None:
+    """One that was forked never answers on its parent's; each keeps its own."""
+    database = SqlDatabase(request.getfixturevalue(f"{kind}_url")())
+    query = select(getattr(func, who)())
+    reader, writer = fork.Pipe(duplex=False)
+
+    def ask() -> list[Any]:
+        return [database.statements.run_once(query).rows[0][0] for _ in range(2)]
+
+    before = ask()
+    child = fork.Process(target=lambda: writer.send(ask()))
+    child.start()
+    child.join()
+    inside = reader.recv()
+    after = ask()
+    reader.close()
+    writer.close()
+    database.close()
+
+    assert len({*before, *after}) == 1
+    assert len({*inside}) == 1
+    assert not {*inside} & {*before}
+
+
 # --- the server -----------------------------------------------------------------------
 
 SERVERS = ("redis", "postgresql", "mariadb")
@@ -914,4 +960,20 @@ def test_a_database_that_hangs_at_first_use_says_so_in_time(
         backend.keys("shop").begin(a_claim())
 
     assert time.monotonic() - started < 20
+    backend.close()
+
+
+def test_keys_may_be_in_a_cluster(own_server: Callable[[str], Service]) -> None:
+    """Each script uses one slot, and a list asks whoever has it."""
+    backend = Backend(own_server("redis-cluster").url)
+    store = backend.keys("shop")
+    claim = begin(store)
+
+    assert store.begin(a_claim()).verdict is Verdict.BUSY
+    assert store.renew([claim]) == set()
+    assert store.finish(claim, KeyState.DONE, result=b"r") is None
+    assert store.reserve(a_claim("b")) is None
+    store.release(a_claim("b").key, claim.owner)
+    assert [record.key for record in store.list()] == [claim.key]
+    assert store.forget(claim.key)
     backend.close()
