@@ -7,10 +7,9 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery.exceptions import Retry
 
@@ -63,8 +62,7 @@ FINISH_TRIES = 3
 IN_DOUBT = (KeyState.RUNNING, KeyState.INTERRUPTED)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """
     One delivery of a task with a key.
 
@@ -296,7 +294,7 @@ class KeyGuard:
                 and begun.owner != call.task_id
                 and options.if_done == "rerun"
             ):
-                claim = replace(claim, is_forced=True)
+                claim = claim._replace(is_forced=True)
                 begun = self._begin(claim)
         except Exception as exc:
             # StoreUnavailable, or what a driver raises unforeseen.
