@@ -33,8 +33,9 @@ from celery_resilience.message import HEADER, KEY
 from celery_resilience.stores.redis import RedisServer
 from celery_resilience.worker import WorkerSetup
 
-BATCH = 100
-REPEATS = 200
+#: Short, for what interrupts a batch takes its time in it.
+BATCH = 25
+REPEATS = 800
 
 STAGES = ("received", "given to the pool", "settled and acknowledged")
 
@@ -149,7 +150,7 @@ class SilentRedis(RedisServer):
 
 def _headers(task: str, number: int) -> dict[str, Any]:
     id = f"{task}-{number}"
-    headers = {
+    headers: dict[str, Any] = {
         "lang": "py",
         "task": task,
         "id": id,
@@ -192,10 +193,10 @@ def make_app() -> tuple[Celery, list[Any]]:
     def keyed(number: int) -> None:
         return None
 
-    app.task(base=Task, name="plain")(nothing)
-    app.task(base=ResilientTask, name="resilient")(nothing)
-    options: Any = {"idempotency_key": "bench:{number}"}
-    app.task(base=ResilientTask, name="keyed", **options)(keyed)
+    task: Any = app.task
+    task(base=Task, name="plain")(nothing)
+    task(base=ResilientTask, name="resilient")(nothing)
+    task(base=ResilientTask, name="keyed", idempotency_key="bench:{number}")(keyed)
     app.finalize()
     return app, [app.tasks[name] for name in KINDS]
 

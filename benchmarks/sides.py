@@ -52,7 +52,7 @@ def _options(app: Celery, kind: str, store_url: str) -> dict[str, Any]:
     if kind == "plain":
         return {"base": Task}
     if kind == "once":
-        from celery_once import QueueOnce
+        from celery_once import QueueOnce  # type: ignore[import-not-found]
 
         app.conf.ONCE = {
             "backend": "celery_once.backends.Redis",
@@ -60,12 +60,12 @@ def _options(app: Celery, kind: str, store_url: str) -> dict[str, Any]:
         }
         return {"base": QueueOnce}
     if kind == "singleton":
-        from celery_singleton import Singleton
+        from celery_singleton import Singleton  # type: ignore[import-not-found]
 
         app.conf.singleton_backend_url = store_url
         return {"base": Singleton}
     if kind == "heimdall":
-        from celery_heimdall import HeimdallTask
+        from celery_heimdall import HeimdallTask  # type: ignore[import-not-found]
 
         # Its default waits for the lock, most of a second for each run.
         return {

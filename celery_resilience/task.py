@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -497,18 +496,22 @@ def _is_redelivered(request: Context) -> bool:
     return bool(request.delivery_info and request.delivery_info.get("redelivered"))
 
 
-@contextlib.contextmanager
-def soft_limit_deferred() -> Iterator[None]:
+#: The signal of a soft time limit, where there is one (``billiard/pool.py:228``).
+_SOFT_LIMIT = {signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set()
+
+
+class soft_limit_deferred:
     """Hold a soft time limit's signal back while our own code runs."""
-    soft_limit = getattr(signal, "SIGUSR1", None)  # billiard/pool.py:228
-    if soft_limit is None:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {soft_limit})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        if _SOFT_LIMIT:
+            self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _SOFT_LIMIT)
+
+    def __exit__(self, *_: object) -> None:
+        if _SOFT_LIMIT:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
 def _is_count(value: Any) -> bool:

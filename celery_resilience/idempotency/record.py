@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class KeyState(StrEnum):
@@ -32,8 +33,7 @@ class KeyState(StrEnum):
 WAITING = (KeyState.QUEUED, KeyState.RETRYING)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """
     What a run takes on a key before its body starts.
 
@@ -81,8 +81,7 @@ class Verdict(StrEnum):
     MISMATCH = "mismatch"
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """
     The store's answer to a claim.
 

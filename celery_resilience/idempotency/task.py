@@ -7,10 +7,9 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import states
 from celery.exceptions import Retry
@@ -68,8 +67,7 @@ FINISH_TRIES = 3
 IN_DOUBT = (KeyState.RUNNING, KeyState.INTERRUPTED)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """
     One delivery of a task with a key.
 
@@ -297,7 +295,7 @@ class KeyGuard:
         try:
             begun = self._begin(claim)
             if begun.verdict is Verdict.DONE and _runs_again(call, begun):
-                claim = replace(claim, is_forced=True)
+                claim = claim._replace(is_forced=True)
                 begun = self._begin(claim)
         except Exception as exc:
             # StoreUnavailable, or what a driver raises unforeseen.

@@ -61,6 +61,8 @@ class RedisServer:
         }
         self._tag = f"{{celery-resilience:{namespace}}}"
         self._client: Any = None
+        #: What a client raises that has no answer; redis-py's too, once it is there.
+        self._errors: tuple[type[Exception], ...] = (OSError,)
         self._scripts: dict[tuple[str, str], Any] = {}
         self._ready: set[str] = set()
         self._pid = os.getpid()
@@ -115,12 +117,15 @@ class RedisServer:
             script: Its name without the ending.
             words: Its arguments; the prefix of the room's keys is its only key.
         """
-        with self.client() as client:
+        client = self._open()
+        try:
             found = self._scripts.get((room, script))
             if found is None:
                 found = client.register_script(_source(room, script))
                 self._scripts[room, script] = found
             return found(keys=[self.prefix(room)], args=words)
+        except self._errors as exc:
+            raise self._unavailable(exc) from exc
 
     def read(self, keys: Sequence[str], names: Sequence[str]) -> list[list[Any]]:
         """The fields *names* of the hashes *keys*, in one round trip."""
@@ -141,12 +146,10 @@ class RedisServer:
             StoreUnavailable: Redis did not answer, or refused.
         """
         client = self._open()
-        from redis.exceptions import RedisError
-
         try:
             yield client
-        except (RedisError, OSError) as exc:
-            raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
+        except self._errors as exc:
+            raise self._unavailable(exc) from exc
 
     def close(self) -> None:
         """Close this process's connections."""
@@ -180,10 +183,11 @@ class RedisServer:
 
     def _open(self) -> Any:
         self._own_process()
-        with self._lock:
-            if self._client is None:
-                self._client = self._make_client()
-            return self._client
+        if self._client is None:
+            with self._lock:
+                if self._client is None:
+                    self._client = self._make_client()
+        return self._client
 
     def _make_client(self) -> Any:
         try:
@@ -192,6 +196,7 @@ class RedisServer:
             from redis.retry import Retry
         except ModuleNotFoundError as exc:
             raise MissingExtra.of("redis", "redis", self._shown()) from exc
+        self._errors = (redis.RedisError, OSError)
         options = dict(self._options)
         kind, _, rest = self._url.partition("://")
         # As Celery spells it; redis-py knows "required".
@@ -205,8 +210,11 @@ class RedisServer:
                 path = rest.replace("virtual_host=", "db=")
                 return redis.Redis.from_url(f"unix://{path}", **options)
             return redis.Redis.from_url(f"{kind}://{rest}", **options)
-        except (redis.RedisError, OSError) as exc:
-            raise StoreUnavailable(f"{self._shown()}: {exc}") from exc
+        except self._errors as exc:
+            raise self._unavailable(exc) from exc
+
+    def _unavailable(self, exc: Exception) -> StoreUnavailable:
+        return StoreUnavailable(f"{self._shown()}: {exc}")
 
     def weaknesses(self) -> list[str]:
         """

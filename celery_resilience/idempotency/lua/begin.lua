@@ -1,8 +1,8 @@
--- Take a key for one run. ARGV: a claim.
+-- Take a key for one run. ARGV: a claim, in JSON.
 -- Returns the verdict, the epoch, the state before, its owner, for how long it has the
 -- key, and what is remembered.
 
-local claim = claim_of(ARGV)
+local claim = cjson.decode(ARGV[1])
 local hash = hash_of(claim.key)
 local state, owner, token, holder, fingerprint, epoch, lease_until, found = unpack(
   redis.call('HMGET', hash, 'state', 'owner', 'token', 'holder', 'fingerprint',
@@ -32,7 +32,7 @@ if is_free() then
     'epoch', epoch, 'begun_at', as_text(now), 'lease_until', as_text(lease_until),
     'expires_at', as_text(lease_until + claim.keep_s), 'found', state or '',
     'name', claim.name, 'task', claim.task, 'result_bytes', 0)
-  redis.call('HDEL', hash, 'result')
+  if state then redis.call('HDEL', hash, 'result') end
   forget_at(claim.key, lease_until + claim.keep_s)
   return {'run', epoch, state or '', '', '0', false}
 end

@@ -17,16 +17,6 @@ local function forget_at(key, at)
   redis.call('PEXPIREAT', hash_of(key), string.format('%.0f', math.floor(at * 1000) - 1))
 end
 
--- A claim, as redis_store.py sends it.
-local function claim_of(words)
-  return {
-    key = words[1], name = words[2], task = words[3], owner = words[4],
-    token = words[5], holder = words[6], fingerprint = words[7],
-    lease_s = tonumber(words[8]), keep_s = tonumber(words[9]),
-    dead_holder = words[10], is_forced = words[11] == '1',
-  }
-end
-
 local function has_same_arguments(claim, fingerprint)
   return fingerprint == '' or claim.fingerprint == '' or fingerprint == claim.fingerprint
 end

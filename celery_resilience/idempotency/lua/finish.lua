@@ -1,10 +1,10 @@
 -- Say what a run came to.
--- ARGV: its claim, the state, seconds for which the key waits for its owner, '1' where
+-- ARGV: its claim in JSON, the state, seconds for which the key waits for its owner, '1' where
 -- something is to be remembered, and that.
 -- Returns the owner of another run, which has the key now.
 
-local claim = claim_of(ARGV)
-local state, until_s, has_result, result = unpack(ARGV, 12, 15)
+local claim = cjson.decode(ARGV[1])
+local state, until_s, has_result, result = unpack(ARGV, 2, 5)
 local hash = hash_of(claim.key)
 local found = redis.call('HMGET', hash, 'token', 'owner')
 local token = found[1]
