@@ -16,12 +16,19 @@ MORNING = range(2, 602)
 OUTAGE = range(602, 682)
 AFTERNOON = range(682, 1152)
 
-#: Lines whose child is killed when it first runs this task.
+#: Lines whose child is killed when it first comes to this step: the beginning of a task;
+#: or within `charge` when the bank has taken the money, and nothing tells of it here
+#: ("taken"), and when the payment is in the shop's tables too ("booked").
 KILLED_ONCE: Mapping[str, frozenset[int]] = {
     "charge": frozenset({97, 240, 388, 515}),
+    "taken": frozenset({133, 288, 431, 1034}),
+    "booked": frozenset({175, 356, 566, 1075}),
     "ship": frozenset({61, 199, 342, 478}),
     "enrich": frozenset({703, 741, 777, 802}),
 }
+
+#: Lines whose customer clicks twice: the messages of the order are sent twice.
+CLICKED_TWICE = frozenset({29, 83, 148, 226, 311, 407, 452, 539, 718, 855, 968, 1101})
 
 #: The line that kills every child that looks at it.
 POISON = 690
@@ -33,7 +40,7 @@ HANGING = frozenset({695, 762, 831, 900})
 BLINKS_EVERY = 17
 
 #: Lines that meet a misfortune; the file has no fault there.
-STRUCK = frozenset({POISON}) | HANGING | frozenset().union(*KILLED_ONCE.values())
+STRUCK = (frozenset({POISON}) | HANGING | CLICKED_TWICE).union(*KILLED_ONCE.values())
 
 
 def blinks(line_no: int) -> bool:
@@ -43,7 +50,7 @@ def blinks(line_no: int) -> bool:
 
 class Misfortunes:
     """
-    Kills children as the day has it, and remembers whom over their death.
+    Has customers click and children die as the day has it, and remembers the dead.
 
     Args:
         folder: Holds one file for each child that was killed; None: a lucky day.
@@ -52,27 +59,32 @@ class Misfortunes:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def strike(self, task: str, line_no: int) -> None:
+    def clicks(self, line_no: int) -> int:
+        """How often the customer of a line sends the order."""
+        return 2 if self._folder is not None and line_no in CLICKED_TWICE else 1
+
+    def strike(self, step: str, line_no: int) -> None:
         """
         End this process without warning, if it is to.
 
-        Called before a task has any effect.
+        Args:
+            step: One of those in `KILLED_ONCE`, at which a task has arrived.
         """
         if self._folder is None:
             return
-        is_poison = task == "enrich" and line_no == POISON
-        is_first = self._is_first(task, line_no)
-        if is_poison or (is_first and line_no in KILLED_ONCE.get(task, ())):
-            run = 1 + sum(1 for _ in self._folder.glob(f"{task}-{line_no}-*"))
-            (self._folder / f"{task}-{line_no}-{run}").touch()
+        is_poison = step == "enrich" and line_no == POISON
+        is_first = self._is_first(step, line_no)
+        if is_poison or (is_first and line_no in KILLED_ONCE[step]):
+            run = 1 + sum(1 for _ in self._folder.glob(f"{step}-{line_no}-*"))
+            (self._folder / f"{step}-{line_no}-{run}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _is_first(self, task: str, line_no: int) -> bool:
+    def _is_first(self, step: str, line_no: int) -> bool:
         assert self._folder is not None
-        return not (self._folder / f"{task}-{line_no}-1").exists()
+        return not (self._folder / f"{step}-{line_no}-1").exists()
 
 
 def deaths(folder: Path) -> list[tuple[str, int]]:
-    """Task and line of each child that was killed, counted from *folder*."""
+    """Step and line of each child that was killed, counted from *folder*."""
     names = sorted(path.name.split("-") for path in folder.iterdir())
-    return [(task, int(line_no)) for task, line_no, _ in names]
+    return [(step, int(line_no)) for step, line_no, _ in names]

@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+#: Where the shop keeps its databases, a local queue and the ledger.
+FOLDER = Path(
+    os.environ.get("SHOP_FOLDER", Path(__file__).parents[1] / ".demo")
+).resolve()
+PATH = FOLDER / "ledger.jsonl"
+
 
 class Effect(StrEnum):
-    """What the shop did to an order."""
+    """What was done to an order; money is the bank's to take, the rest the shop's."""
 
     ACCEPTED = "accepted"
     CHARGED = "charged"
@@ -34,17 +40,23 @@ class Entry:
         line_no: The order's line in the file.
         cents: Money that was taken, or what a parcel was worth.
         at: Wall time, in seconds.
+        key: With which the bank was asked for the money, if with any.
     """
 
     effect: Effect
     line_no: int
     cents: int
     at: float
+    key: str | None = None
 
 
-def append(path: Path, effect: Effect, line_no: int, cents: int = 0) -> None:
+def append(
+    path: Path, effect: Effect, line_no: int, cents: int = 0, *, key: str | None = None
+) -> None:
     """Write one effect down."""
     entry = {"effect": effect, "line_no": line_no, "cents": cents, "at": time.time()}
+    if key is not None:
+        entry["key"] = key
     data = f"{json.dumps(entry)}\n".encode()
     ledger = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

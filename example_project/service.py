@@ -1,9 +1,13 @@
-"""The address service: tells the delivery zone of a city, slowly, and not always.
+"""The world outside the shop, in a process of its own: an address service and a bank.
 
-A process of its own. `GET /zone?city=…&line=…` answers, `POST /state?…` makes
-it ill or well, and `GET /health` answers however it feels. It serves at
-`SHOP_SERVICE_LISTEN`, such as "0.0.0.0:8080"; without that, at a free port, which it
-prints, until its standard input ends.
+The address service tells the delivery zone of a city, slowly, and not always:
+`GET /zone?city=…&line=…` answers, `POST /state?…` makes it ill or well.
+
+The bank is always well. `POST /charge?order=…&cents=…&key=…` takes money, once for each
+key; without a key, each time that it is asked.
+
+`GET /health` answers however they feel. They serve at `SHOP_SERVICE_LISTEN`, such as
+"0.0.0.0:8080"; without that, at a free port, which is printed, until standard input ends.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import threading
 import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from example_project import chaos
+from example_project import chaos, ledger
+from example_project.ledger import Effect
 
 #: Seconds that an answer takes.
 SLOW_S = (0.002, 0.012)
@@ -40,16 +46,43 @@ ZONES = {
 }
 
 
-class AddressService(ThreadingHTTPServer):
+class Bank:
     """
-    The server and how it feels.
+    Takes money, and writes it into the ledger in the moment in which it is taken.
+
+    Whoever asked may be killed before it hears the answer: the line is there.
+
+    Args:
+        path: The ledger. The keys in it were seen by this bank before it was restarted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._keys = {entry.key for entry in ledger.Reader(path).new_entries()}
+
+    def charge(self, words: Mapping[str, str]) -> dict[str, int]:
+        """The body of an answer: what was taken now, which is nothing for a known key."""
+        order, cents, key = int(words["order"]), int(words["cents"]), words.get("key")
+        with self._lock:
+            if key is not None and key in self._keys:
+                return {"taken_cents": 0}
+            ledger.append(self._path, Effect.CHARGED, order, cents, key=key)
+            self._keys.add(key)
+        return {"taken_cents": cents}
+
+
+class OutsideWorld(ThreadingHTTPServer):
+    """
+    The server, the bank behind it, and how the address service feels.
 
     Args:
         host, port: Where it listens; port 0 is a free one.
 
     Attributes:
-        is_down: It answers everything with 503.
-        is_ill: It hangs for some lines, and blinks for others.
+        bank: Never down.
+        is_down: Every question for a zone is answered with 503.
+        is_ill: Some lines hang, and others blink.
     """
 
     daemon_threads = True
@@ -57,6 +90,7 @@ class AddressService(ThreadingHTTPServer):
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         super().__init__((host, port), Handler)
+        self.bank = Bank(ledger.PATH)
         self.is_down = False
         self.is_ill = True
         self._asked: set[int] = set()
@@ -83,7 +117,7 @@ class AddressService(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
-    server: AddressService
+    server: OutsideWorld
 
     def do_GET(self) -> None:
         """Answer a question."""
@@ -93,7 +127,10 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(*self.server.zone(self._words()))
 
     def do_POST(self) -> None:
-        """Change how the service feels."""
+        """Take money, or change how the address service feels."""
+        if urlsplit(self.path).path == "/charge":
+            self._answer(200, self.server.bank.charge(self._words()))
+            return
         self.server.change(self._words())
         self._answer(200, {})
 
@@ -103,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
     def _words(self) -> dict[str, str]:
         return dict(parse_qsl(urlsplit(self.path).query))
 
-    def _answer(self, status: int, body: dict[str, str]) -> None:
+    def _answer(self, status: int, body: Mapping[str, str | int]) -> None:
         data = json.dumps(body).encode()
         try:
             self.send_response(status)
@@ -119,8 +156,8 @@ def main() -> None:
     """Serve at the given address, or until standard input ends."""
     if listen := os.environ.get("SHOP_SERVICE_LISTEN"):
         host, _, port = listen.rpartition(":")
-        AddressService(host, int(port)).serve_forever()
-    server = AddressService()
+        OutsideWorld(host, int(port)).serve_forever()
+    server = OutsideWorld()
     print(server.server_address[1], flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()

@@ -27,7 +27,9 @@ class Day:
         unpaid: Accepted, and never charged.
         gone: Never accepted, and not kept as failed either.
         kept: Failed tasks that can be looked at and run again.
-        doubled: Effects that happened once more than they should.
+        charged_twice: Customers of whom the money for one order was taken twice.
+        mailed_twice: Customers who have two apologies for one order.
+        unearned_cents: Money that was taken, and no parcel was sent for it.
         killed: Children that were killed.
     """
 
@@ -36,7 +38,9 @@ class Day:
     unpaid: int
     gone: int
     kept: int
-    doubled: int
+    charged_twice: int
+    mailed_twice: int
+    unearned_cents: int
     killed: int
 
     @property
@@ -64,7 +68,9 @@ def day_of(tally: Tally, *, kept: Iterable[int], killed: int) -> Day:
         unpaid=len(accepted - charged - safe),
         gone=len(set(LINES) - accepted - safe),
         kept=len(safe),
-        doubled=tally.doubled(),
+        charged_twice=tally.twice(Effect.CHARGED),
+        mailed_twice=tally.twice(Effect.APOLOGISED),
+        unearned_cents=tally.cents[Effect.CHARGED] - tally.cents[Effect.SHIPPED],
         killed=killed,
     )
 
@@ -108,8 +114,8 @@ def line_of(failed_task: Mapping[str, Any]) -> int:
     """
     The order line that a failed task was about.
 
-    The first task of an order's chain is called by its line; the others belong to
-    the chain.
+    The first task of an order's chain is called by its line, and is the root of the
+    others.
     """
     for name in ("root_id", "task_id"):
         if match := re.fullmatch(r"line-(\d+)", failed_task[name] or ""):

@@ -1,4 +1,4 @@
-"""One shop that is open for a day: its folder, address service, worker and commands."""
+"""One shop that is open for a day: its folder, outside world, worker and commands."""
 
 from __future__ import annotations
 
@@ -63,8 +63,12 @@ class Tally:
         """The lines that met *effect*."""
         return set(self.counts[effect])
 
+    def twice(self, effect: Effect) -> int:
+        """How many lines met *effect* more than once."""
+        return sum(1 for count in self.counts[effect].values() if count > 1)
+
     def doubled(self) -> int:
-        """Effects that happened once more than they should."""
+        """Effects of any kind that happened once more than they should."""
         return sum(
             count - 1
             for counter in self.counts.values()
@@ -75,7 +79,7 @@ class Tally:
 
 class OpenShop:
     """
-    A shop with its own folder, database and address service.
+    A shop with its own folder, database, address service and bank.
 
     Args:
         kind: "plain" or "resilient".
@@ -127,7 +131,7 @@ class OpenShop:
         }
 
     def open(self) -> None:
-        """Make the database, and start the address service and the worker."""
+        """Make the database, and start the outside world and the worker."""
         self._service = self._spawn(
             "example_project.service", stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -273,7 +277,7 @@ class OpenShop:
                 return 0  # Redis has no empty queues
 
     def killed(self) -> list[tuple[str, int]]:
-        """Task and line of each child that was killed."""
+        """Step and line of each child that was killed."""
         return chaos.deaths(self.folder / "deaths")
 
     def close(self) -> None:

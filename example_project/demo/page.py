@@ -40,9 +40,11 @@ class Page:
             Panel(
                 f"{orders:,} order lines · broker: {broker} · {children} children\n"
                 "The file has the dirt of real files. The address service is ill: it "
-                "hangs and blinks,\nand goes down for a while. Children are killed in "
-                "the middle of the day, and one order\nkills every child that looks "
-                "at it. Once with plain Celery, once with [b]base=ResilientTask[/b].",
+                "hangs and blinks,\nand goes down for a while. Customers click twice. "
+                "Children are killed in the middle of\nthe day, some when the bank has "
+                "just taken the money; and one order kills every child\nthat looks at "
+                "it. Once with plain Celery, once with [b]base=ResilientTask[/b], where "
+                "the\ncharge has a key.",
                 title="[b]One bad day at the shop, twice[/b]",
                 title_align="left",
                 padding=(1, 2),
@@ -98,17 +100,21 @@ class Page:
         table.add_column("counted from the ledger of effects")
         table.add_column("plain Celery", justify="right")
         table.add_column("resilient", justify="right")
-        rows: list[tuple[str, int, int, bool]] = [
-            ("children killed", plain.killed, resilient.killed, False),
-            ("orders shipped", plain.shipped, resilient.shipped, False),
-            ("LOST: paid, never shipped", plain.paid_only, resilient.paid_only, True),
-            ("LOST: accepted, never charged", plain.unpaid, resilient.unpaid, True),
-            ("LOST: gone before they were accepted", plain.gone, resilient.gone, True),
-            ("DOUBLED: customers mailed twice", plain.doubled, resilient.doubled, True),
-            ("kept, to be looked at and run again", plain.kept, resilient.kept, False),
+        rows: list[tuple[str, str, bool]] = [
+            ("children killed", "killed", False),
+            ("orders shipped", "shipped", False),
+            ("LOST: paid, never shipped", "paid_only", True),
+            ("LOST: accepted, never charged", "unpaid", True),
+            ("LOST: gone before they were accepted", "gone", True),
+            ("DOUBLED: customers charged twice", "charged_twice", True),
+            ("DOUBLED: customers mailed twice", "mailed_twice", True),
+            ("UNEARNED: money taken for no parcel", "unearned_cents", True),
+            ("kept, to be looked at and run again", "kept", False),
         ]
-        for name, before, after, is_bad in rows:
-            table.add_row(name, _count(before, is_bad), _count(after, is_bad))
+        for title, name, is_bad in rows:
+            write = _money if name.endswith("_cents") else _count
+            counts = [int(getattr(day, name)) for day in (plain, resilient)]
+            table.add_row(title, *(_shown(n, write(n), is_bad) for n in counts))
         self._console.print(table)
 
     def typed(self, words: Sequence[str]) -> None:
@@ -122,7 +128,9 @@ class Page:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(justify="right")
         table.add_column()
-        table.add_row(f"[b]{total.shipped:,}[/b]", "orders shipped, each once")
+        table.add_row(
+            f"[b]{total.shipped:,}[/b]", "orders shipped, each once and paid once"
+        )
         for reason, count in refused.items():
             table.add_row(f"[b]{count:,}[/b]", Text(f"refused: {reason}"))
         table.add_row("─────", "")
@@ -159,9 +167,13 @@ class Page:
         self._console.print(Text(text, style="red"))
 
 
-def _count(count: int, is_bad: bool) -> Text:
-    style = "bold red" if is_bad and count else "bold green" if is_bad else ""
-    return Text(f"{count:,}", style=style)
+def _shown(number: int, text: str, is_bad: bool) -> Text:
+    style = "bold red" if is_bad and number else "bold green" if is_bad else ""
+    return Text(text, style=style)
+
+
+def _count(count: int) -> str:
+    return f"{count:,}"
 
 
 def _money(cents: int) -> str:

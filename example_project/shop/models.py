@@ -20,9 +20,9 @@ class Order(models.Model):
 
 
 class Payment(models.Model):
-    """The one payment of an order."""
+    """A payment for an order, of which the table would take a second one."""
 
-    order = models.OneToOneField(Order, on_delete=models.PROTECT)
+    order = models.ForeignKey(Order, on_delete=models.PROTECT)
     amount_cents = models.PositiveIntegerField()
 
 

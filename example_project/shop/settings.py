@@ -10,10 +10,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-#: Where databases, the ledger and a local queue are kept.
-SHOP_FOLDER = Path(
-    os.environ.get("SHOP_FOLDER", Path(__file__).parents[2] / ".demo")
-).resolve()
+from example_project import ledger
+
+SHOP_FOLDER = ledger.FOLDER
 
 #: False: the same shop with plain Celery.
 SHOP_IS_RESILIENT = os.environ.get("SHOP_KIND", "resilient") == "resilient"
@@ -31,7 +30,7 @@ SHOP_QUEUE_TYPE = os.environ.get("SHOP_QUEUE_TYPE", "classic")
 SHOP_PULSE = Path(os.environ["SHOP_PULSE"]) if "SHOP_PULSE" in os.environ else None
 
 SHOP_ORDERS_CSV = Path(__file__).parent.parent / "orders.csv"
-SHOP_LEDGER = SHOP_FOLDER / "ledger.jsonl"
+SHOP_LEDGER = ledger.PATH
 SHOP_SERVICE_URL = os.environ.get("SHOP_SERVICE_URL", "http://127.0.0.1:8080")
 SHOP_MISFORTUNES = SHOP_FOLDER / "deaths" if "SHOP_MISFORTUNES" in os.environ else None
 

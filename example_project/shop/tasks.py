@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from celery import Task, chain
+from typing import Any
+
+from celery import chain
 from django.conf import settings
-from django.db import transaction
+from django.db import connection, transaction
 from django.db.models import Count, Sum
 
-from celery_resilience import ResilientTask
+import celery_resilience
 from example_project import ledger
 from example_project.chaos import Misfortunes
 from example_project.ledger import Effect
-from example_project.shop import csv_lines, enrichment, reporting
+from example_project.shop import bank, csv_lines, enrichment, plain, reporting
 from example_project.shop.celery import app
 from example_project.shop.models import Order, Payment, Shipment
 
-#: The one thing in this module that the two runs do not share.
-Base = ResilientTask if settings.SHOP_IS_RESILIENT else Task
+# All that the two runs do not share.
+if settings.SHOP_IS_RESILIENT:
+    Base, once = celery_resilience.ResilientTask, celery_resilience.once
+else:
+    Base, once = plain.Task, plain.once
 
 misfortunes = Misfortunes(settings.SHOP_MISFORTUNES)
 
@@ -26,12 +31,13 @@ def import_orders(first: int, last: int) -> None:
     """Send every order of these lines of the file on its way."""
     lines = settings.SHOP_ORDERS_CSV.read_bytes().splitlines()
     for line_no in range(first, last + 1):
-        order = chain(
-            enrich.s(line_no, lines[line_no - 1]).set(task_id=f"line-{line_no}"),
-            charge.s(),
-            ship.s(),
-        )
-        order.on_error(apologise.si(line_no)).apply_async()
+        for _ in range(misfortunes.clicks(line_no)):
+            order = chain(
+                enrich.s(line_no, lines[line_no - 1]).set(task_id=f"line-{line_no}"),
+                charge.s(),
+                ship.s(),
+            )
+            order.on_error(apologise.si(line_no)).apply_async(root_id=f"line-{line_no}")
 
 
 @app.task(
@@ -73,23 +79,26 @@ def enrich(line_no: int, raw: bytes) -> int:
     return line_no
 
 
-@app.task(base=Base, time_limit=5)
-def charge(line_no: int) -> int:
-    """Take the money for an order."""
+@app.task(base=Base, bind=True, time_limit=20, idempotency_key="charge:{line_no}")
+def charge(self: Any, line_no: int) -> int:
+    """Take the money for an order, and book it."""
     misfortunes.strike("charge", line_no)
     order = Order.objects.get(pk=line_no)
+    bank.charge(
+        settings.SHOP_SERVICE_URL,
+        order=line_no,
+        cents=order.amount_cents,
+        key=self.resilience.key,
+    )
+    misfortunes.strike("taken", line_no)
     with transaction.atomic():
-        _, is_new = Payment.objects.get_or_create(
-            order=order, defaults={"amount_cents": order.amount_cents}
-        )
-        if is_new:
-            ledger.append(
-                settings.SHOP_LEDGER, Effect.CHARGED, line_no, order.amount_cents
-            )
+        if once(connection, f"payment:{line_no}"):
+            Payment.objects.create(order=order, amount_cents=order.amount_cents)
+    misfortunes.strike("booked", line_no)
     return line_no
 
 
-@app.task(base=Base, time_limit=5)
+@app.task(base=Base, time_limit=20)
 def ship(line_no: int) -> int:
     """Hand the parcel over."""
     misfortunes.strike("ship", line_no)

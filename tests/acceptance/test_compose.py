@@ -385,6 +385,13 @@ class Up:
             for found in re.finditer(r'"shipped", "line_no": (\d+)', lines)
         }
 
+    def charged(self) -> list[int]:
+        """The order line of each time that the bank took money, from the ledger."""
+        ledger = (self.folder / "data" / "ledger.jsonl").read_text()
+        return [
+            int(line) for line in re.findall(r'"charged", "line_no": (\d+)', ledger)
+        ]
+
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Ask the shop's database, past every command of the shop."""
         url = self.environment("worker")["SHOP_DATABASE_URL"]
@@ -449,6 +456,22 @@ def test_an_order_is_shipped(up: Up) -> None:
 
     eventually(lambda: 2 in up.shipped(), what=up.log("worker"))
     assert up.rows("SELECT order_id FROM shop_shipment WHERE order_id = 2") == [(2,)]
+
+
+def test_an_order_that_is_sent_twice_is_charged_once(up: Up) -> None:
+    """By a bank in another container, whose ledger is the worker's too."""
+    for _ in range(2):
+        up.call("import_orders", "--args=[5, 5]")
+    up.call("import_orders", "--args=[6, 6]")
+
+    shipping = re.compile(r"tasks\.ship\[\S+\] succeeded in \S+ (5|6)$", re.MULTILINE)
+    eventually(
+        lambda: sorted(shipping.findall(up.log("worker"))) == ["5", "5", "6"],
+        what=up.log("worker"),
+    )
+    assert up.charged().count(5) == up.charged().count(6) == 1
+    rows = "SELECT order_id FROM shop_payment WHERE order_id IN (5, 6) ORDER BY 1"
+    assert up.rows(rows) == [(5,), (6,)]
 
 
 @on_rabbitmq

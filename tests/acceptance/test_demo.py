@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -73,9 +77,12 @@ def test_the_sum_comes_out_even(checkout: Path, broker: str) -> None:
     plain, resilient, total = facts["plain"], facts["resilient"], facts["sum"]
     assert plain["paid_only"] > 0
     assert plain["unpaid"] > 0
-    assert plain["doubled"] > 0
+    assert plain["charged_twice"] > 0
+    assert plain["mailed_twice"] > 0
+    assert plain["unearned_cents"] > 0
     assert plain["lost"] + plain["shipped"] == total["orders"] == 1_150
-    assert resilient["lost"] == resilient["doubled"] == 0
+    assert resilient["lost"] == resilient["unearned_cents"] == 0
+    assert resilient["charged_twice"] == resilient["mailed_twice"] == 0
     assert resilient["kept"] + resilient["shipped"] == 1_150
     assert total["shipped"] + total["refused"] == 1_150
     assert total["unresolved"] == total["doubled"] == 0
@@ -102,6 +109,43 @@ def test_the_shop_has_a_manage_py(checkout: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "nothing matches\n")
     readme = (checkout / "example_project" / "README.md").read_text()
     assert "$ python manage.py failed_tasks list" in readme
+
+
+@contextlib.contextmanager
+def bank(checkout: Path) -> Iterator[Callable[..., int]]:
+    """The bank's process; what it yields asks for money, and returns what was taken."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "example_project.service"],
+        cwd=checkout,
+        env={**os.environ, "SHOP_FOLDER": str(checkout.parent / "temporary")},
+        stdin=subprocess.PIPE,  # the process ends with it
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+
+        def charge(**words: str | int) -> int:
+            url = f"http://127.0.0.1:{port}/charge?{urlencode(words)}"
+            with urlopen(Request(url, method="POST"), timeout=30) as answer:
+                return int(json.load(answer)["taken_cents"])
+
+        yield charge
+
+
+def test_the_bank_takes_money_once_for_a_key(checkout: Path) -> None:
+    """Also when it was restarted; without a key, each time. The ledger has what it took."""
+    with bank(checkout) as charge:
+        assert charge(order=2, cents=980, key="charge:2") == 980
+        assert charge(order=2, cents=980, key="charge:2") == 0
+        assert [charge(order=3, cents=750), charge(order=3, cents=750)] == [750, 750]
+    with bank(checkout) as charge:
+        assert charge(order=2, cents=980, key="charge:2") == 0
+        assert charge(order=4, cents=100, key="charge:4") == 100
+
+    ledger = checkout.parent / "temporary" / "ledger.jsonl"
+    taken = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert {line["effect"] for line in taken} == {"charged"}
+    assert [line["line_no"] for line in taken] == [2, 3, 3, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

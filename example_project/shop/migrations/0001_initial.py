@@ -42,7 +42,7 @@ class Migration(migrations.Migration):
                 ("amount_cents", models.PositiveIntegerField()),
                 (
                     "order",
-                    models.OneToOneField(
+                    models.ForeignKey(
                         on_delete=django.db.models.deletion.PROTECT, to="shop.order"
                     ),
                 ),
