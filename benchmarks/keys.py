@@ -25,7 +25,7 @@ from uuid import uuid4
 from redis import Redis
 
 from benchmarks.figures import Figure
-from benchmarks.sides import MARKS, make_app
+from benchmarks.sides import MARKS, WARM_UP, make_app
 from benchmarks.store import running_store
 from celery_resilience.holder import holder_name
 from celery_resilience.idempotency.key import store_key
@@ -61,7 +61,6 @@ ROUNDS = 40
 
 COUNTED = 200
 PAIRS_OF_A_STORE = 2_000
-WARM_UP = 50
 STORES = ("redis", "postgresql", "mariadb", "sqlite")
 
 TIMEOUT_S = 90.0
@@ -142,7 +141,7 @@ class Side:
 
     def block(self, count: int) -> tuple[Seconds, Seconds]:
         """
-        What sending a call takes, and running one, of *count*.
+        What sending a call takes, and running one, of *count* after `WARM_UP` others.
 
         Raises:
             NotRun: One of its processes has ended, or nothing was run.
@@ -195,10 +194,14 @@ def measure() -> Iterator[Figure]:
         services.running("redis") as server,
         tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder,
     ):
-        # As Redis is used; the tests' own flushes each write, for it is killed.
-        Redis(port=server.port).config_set("appendfsync", "everysec")
+        _flush_as_usual(server.url)
         yield from _sides(server, Path(folder))
         yield _round_trips_of_a_run(server, Path(folder))
+
+
+def _flush_as_usual(redis_url: str) -> None:
+    """As Redis is used; the tests' own flushes each write, for it is killed."""
+    Redis.from_url(redis_url).config_set("appendfsync", "everysec")
 
 
 def measure_stores() -> Iterator[Figure]:
@@ -227,8 +230,10 @@ def _sides(server: services.Service, folder: Path) -> Iterator[Figure]:
             kinds = list(sides)
             shift = number % len(kinds)
             for kind in kinds[shift:] + kinds[:shift]:
-                theirs, ours = plain.block(BLOCK), sides[kind].block(BLOCK)
-                pairs.setdefault(kind, []).append((ours, theirs))
+                order = [sides[kind], plain][:: 1 if number % 2 else -1]
+                blocks = {side.kind: side.block(BLOCK) for side in order}
+                pair = blocks[kind], blocks[plain.kind]
+                pairs.setdefault(kind, []).append(pair)
         load = f"load {before:.1f} before, {os.getloadavg()[0]:.1f} after"
     for place, what in ((1, "run"), (0, "send")):
         for kind in (*OURS, *PEERS):
@@ -296,16 +301,19 @@ def _round_trips_of_a_run(server: services.Service, folder: Path) -> Figure:
                 counts.append(proxy.turns)
         finally:
             side.stop()
-    return _round_trips("round trips to Redis in a run", counts[1] - counts[0])
+    turns, runs = counts[1] - counts[0], COUNTED + WARM_UP
+    return _round_trips("round trips to Redis in a run", turns, runs)
 
 
-def _round_trips(name: str, turns: int) -> Figure:
-    raw = [f"{turns} in {COUNTED}"]
-    return Figure(name, turns / COUNTED, "", at_most=2, raw=raw)
+def _round_trips(name: str, turns: int, times: int) -> Figure:
+    raw = [f"{turns} in {times}"]
+    return Figure(name, turns / times, "", at_most=2, raw=raw)
 
 
 def _store(name: str) -> Iterator[Figure]:
     with running_store(name) as (url, server):
+        if name == "redis":
+            _flush_as_usual(url)
         seconds = list(_begun_and_finished(url, PAIRS_OF_A_STORE))
         low, value, _ = (s * 1e6 for s in statistics.quantiles(seconds, n=4))
         yield Figure(
@@ -322,19 +330,21 @@ def _store(name: str) -> Iterator[Figure]:
                 proxy.turns
                 for _ in _begun_and_finished(url_through(proxy, url), COUNTED + 1)
             ]
-        yield _round_trips(f"round trips to {name} for both", turns[-1] - turns[0])
+        counted = turns[-1] - turns[0]
+        yield _round_trips(f"round trips to {name} for both", counted, COUNTED)
 
 
 def _begun_and_finished(url: str, count: int) -> Iterator[float]:
     """Seconds for each pair, the first ones left out."""
     store = installation_of(make_app("memory://", "key", url)).key_store()
     result = pack(None, "json", has_backend=False)
+    owner = str(uuid4())
     for number in range(-WARM_UP, count):
         claim = Claim(
-            key=store_key("bench", "nothing", str(number)),
+            key=store_key("bench", "nothing", f"{owner}:{number}"),
             name=f"bench:{number}",
             task="nothing",
-            owner=str(uuid4()),
+            owner=owner,
             token=secrets.token_hex(8),
             holder=holder_name(),
             fingerprint="0" * 32,

@@ -23,6 +23,9 @@ from redis import Redis
 #: of the clock, and of the worker's processor time.
 MARKS = "bench.marks"
 
+#: Calls before those of a block that are measured: a process that was idle is slow.
+WARM_UP = 30
+
 
 def make_app(broker_url: str, kind: str, store_url: str) -> Celery:
     """
@@ -105,8 +108,10 @@ def main() -> None:
     numbers = itertools.count(os.getpid() * 10_000_000)
     for line in sys.stdin:
         count = int(line)
-        start, busy = time.perf_counter(), time.process_time()
-        for place in range(count):
+        start = busy = 0.0
+        for place in range(-WARM_UP, count):
+            if place == 0:
+                start, busy = time.perf_counter(), time.process_time()
             task.apply_async((next(numbers), place in (0, count - 1)))
         seconds = (time.perf_counter() - start, time.process_time() - busy)
         print(*(s / count for s in seconds), flush=True)
