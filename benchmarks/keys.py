@@ -16,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from redis import Redis
 
 from benchmarks.figures import Figure
-from benchmarks.sides import MARKS, make_app
+from benchmarks.sides import MARKS, WARM_UP, make_app
 from benchmarks.store import running_store
 from celery_resilience.holder import holder_name
 from celery_resilience.idempotency.key import store_key
@@ -57,11 +57,10 @@ OURS = {
 
 #: Calls in a block, and how often each side has a block, each after one of plain.
 BLOCK = 100
-ROUNDS = 20
+ROUNDS = 40
 
 COUNTED = 200
 PAIRS_OF_A_STORE = 2_000
-WARM_UP = 50
 STORES = ("redis", "postgresql", "mariadb", "sqlite")
 
 TIMEOUT_S = 90.0
@@ -69,6 +68,19 @@ TIMEOUT_S = 90.0
 
 class NotRun(Exception):
     """A side cannot be measured."""
+
+
+class Seconds(NamedTuple):
+    """
+    Time for one call.
+
+    Attributes:
+        passed: As a clock has it.
+        busy: Of the processor, in the one process of this side.
+    """
+
+    passed: float
+    busy: float
 
 
 class Side:
@@ -127,9 +139,9 @@ class Side:
                 **spawn,
             )
 
-    def block(self, count: int) -> tuple[float, float]:
+    def block(self, count: int) -> tuple[Seconds, Seconds]:
         """
-        Seconds for sending a call, and for running one, of *count*.
+        What sending a call takes, and running one, of *count* after `WARM_UP` others.
 
         Raises:
             NotRun: One of its processes has ended, or nothing was run.
@@ -145,7 +157,11 @@ class Side:
         # All at once, to a worker that waits for them.
         self._client.rename(self.kind, f"{self.kind}.run")
         first, last = self._mark(), self._mark()
-        return float(answer), (last - first) / (count - 1)
+        passed, busy = map(float, answer.split())
+        return Seconds(passed, busy), Seconds(
+            (last.passed - first.passed) / (count - 1),
+            (last.busy - first.busy) / (count - 1),
+        )
 
     def wait_for_last(self) -> None:
         """Until the last message is acknowledged."""
@@ -159,12 +175,12 @@ class Side:
             process.terminate()
             process.wait(60)
 
-    def _mark(self) -> float:
+    def _mark(self) -> Seconds:
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end and self._worker.poll() is None:
             found: Any = self._client.blpop([MARKS], timeout=1)
             if found is not None:
-                return float(found[1])
+                return Seconds(*map(float, found[1].split()))
         raise NotRun(self._last_words())
 
     def _last_words(self) -> str:
@@ -178,10 +194,14 @@ def measure() -> Iterator[Figure]:
         services.running("redis") as server,
         tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder,
     ):
-        # As Redis is used; the tests' own flushes each write, for it is killed.
-        Redis(port=server.port).config_set("appendfsync", "everysec")
+        _flush_as_usual(server.url)
         yield from _sides(server, Path(folder))
         yield _round_trips_of_a_run(server, Path(folder))
+
+
+def _flush_as_usual(redis_url: str) -> None:
+    """As Redis is used; the tests' own flushes each write, for it is killed."""
+    Redis.from_url(redis_url).config_set("appendfsync", "everysec")
 
 
 def measure_stores() -> Iterator[Figure]:
@@ -204,45 +224,49 @@ def _sides(server: services.Service, folder: Path) -> Iterator[Figure]:
             except NotRun as exc:
                 reasons[kind] = str(exc)
         plain = sides.pop("plain")
-        ratios: dict[str, list[tuple[float, float, float, float]]] = {}
+        pairs: dict[str, list[tuple[tuple[Seconds, Seconds], ...]]] = {}
         before = os.getloadavg()[0]
         for number in range(ROUNDS):
             kinds = list(sides)
             shift = number % len(kinds)
             for kind in kinds[shift:] + kinds[:shift]:
-                theirs, ours = plain.block(BLOCK), sides[kind].block(BLOCK)
-                ratios.setdefault(kind, []).append((*ours, *theirs))
+                order = [sides[kind], plain][:: 1 if number % 2 else -1]
+                blocks = {side.kind: side.block(BLOCK) for side in order}
+                pair = blocks[kind], blocks[plain.kind]
+                pairs.setdefault(kind, []).append(pair)
         load = f"load {before:.1f} before, {os.getloadavg()[0]:.1f} after"
     for place, what in ((1, "run"), (0, "send")):
         for kind in (*OURS, *PEERS):
             name, *bounds = OURS.get(kind, (PEERS.get(kind, ""), None, None))
             yield _ratio(
                 f"{what} with {name}",
-                [(row[place], row[place + 2]) for row in ratios.get(kind, ())],
+                [(ours[place], plain[place]) for ours, plain in pairs.get(kind, ())],
                 bounds[1 - place],
                 reasons.get(kind, load),
             )
 
 
 def _ratio(
-    name: str, pairs: list[tuple[float, float]], at_most: Any, note: str
+    name: str, pairs: list[tuple[Seconds, Seconds]], at_most: Any, note: str
 ) -> Figure:
     """The median of the pairs' ratios to plain Celery."""
     if not pairs:
         return Figure(name, None, "x", at_most=at_most, raw=[note])
-    ratios = [ours / plain for ours, plain in pairs]
+    ratios = [ours.passed / plain.passed for ours, plain in pairs]
     low, value, high = statistics.quantiles(ratios, n=4)
-    ours, plain = (statistics.median(side) * 1e6 for side in zip(*pairs, strict=True))
-    quiet = [
-        statistics.quantiles(side, n=10)[0] * 1e6 for side in zip(*pairs, strict=True)
-    ]
-    spread = f"half of the ratios between {low:.3f} and {high:.3f}"
-    quietest = f"{quiet[0]:.0f} / {quiet[1]:.0f} µs = {quiet[0] / quiet[1]:.3f}"
-    raw = [
-        f"{len(pairs)} pairs, {ours:.0f} / {plain:.0f} µs, {spread}",
-        f"the quietest tenth of each: {quietest}; {note}",
-    ]
+    raw = [f"{len(pairs)} pairs, half of them between {low:.3f} and {high:.3f}; {note}"]
+    for what, part in (
+        ("median", lambda times: statistics.median(s.passed for s in times)),
+        ("quietest tenth", lambda times: _quietest(s.passed for s in times)),
+        ("processor time", lambda times: statistics.median(s.busy for s in times)),
+    ):
+        ours, plain = (part(side) * 1e6 for side in zip(*pairs, strict=True))
+        raw.append(f"{what}: {ours:.0f} / {plain:.0f} µs = {ours / plain:.3f}")
     return Figure(name, value, "x", at_most=at_most, raw=raw)
+
+
+def _quietest(seconds: Iterable[float]) -> float:
+    return statistics.quantiles(seconds, n=10)[0]
 
 
 def _environment(kind: str, folder: Path) -> Path:
@@ -277,16 +301,19 @@ def _round_trips_of_a_run(server: services.Service, folder: Path) -> Figure:
                 counts.append(proxy.turns)
         finally:
             side.stop()
-    return _round_trips("round trips to Redis in a run", counts[1] - counts[0])
+    turns, runs = counts[1] - counts[0], COUNTED + WARM_UP
+    return _round_trips("round trips to Redis in a run", turns, runs)
 
 
-def _round_trips(name: str, turns: int) -> Figure:
-    raw = [f"{turns} in {COUNTED}"]
-    return Figure(name, turns / COUNTED, "", at_most=2, raw=raw)
+def _round_trips(name: str, turns: int, times: int) -> Figure:
+    raw = [f"{turns} in {times}"]
+    return Figure(name, turns / times, "", at_most=2, raw=raw)
 
 
 def _store(name: str) -> Iterator[Figure]:
     with running_store(name) as (url, server):
+        if name == "redis":
+            _flush_as_usual(url)
         seconds = list(_begun_and_finished(url, PAIRS_OF_A_STORE))
         low, value, _ = (s * 1e6 for s in statistics.quantiles(seconds, n=4))
         yield Figure(
@@ -303,19 +330,21 @@ def _store(name: str) -> Iterator[Figure]:
                 proxy.turns
                 for _ in _begun_and_finished(url_through(proxy, url), COUNTED + 1)
             ]
-        yield _round_trips(f"round trips to {name} for both", turns[-1] - turns[0])
+        counted = turns[-1] - turns[0]
+        yield _round_trips(f"round trips to {name} for both", counted, COUNTED)
 
 
 def _begun_and_finished(url: str, count: int) -> Iterator[float]:
     """Seconds for each pair, the first ones left out."""
     store = installation_of(make_app("memory://", "key", url)).key_store()
     result = pack(None, "json", has_backend=False)
+    owner = str(uuid4())
     for number in range(-WARM_UP, count):
         claim = Claim(
-            key=store_key("bench", "nothing", str(number)),
+            key=store_key("bench", "nothing", f"{owner}:{number}"),
             name=f"bench:{number}",
             task="nothing",
-            owner=str(uuid4()),
+            owner=owner,
             token=secrets.token_hex(8),
             holder=holder_name(),
             fingerprint="0" * 32,

@@ -2,7 +2,8 @@
 The app of one side of the comparison of keys, in an environment of its own.
 
 Nothing is imported here that a side does not need. `python -m benchmarks.sides` sends
-as many calls as each line of its input says, and answers with seconds for each;
+as many calls as each line of its input says, and answers with seconds for each,
+and of those its own processor time;
 `celery -A benchmarks.sides worker` runs them.
 """
 
@@ -18,8 +19,12 @@ from typing import Any
 from celery import Celery, Task
 from redis import Redis
 
-#: A list in Redis of the times at which the first and the last call of a block ran.
+#: A list in Redis of the times at which the first and the last call of a block ran:
+#: of the clock, and of the worker's processor time.
 MARKS = "bench.marks"
+
+#: Calls before those of a block that are measured: a process that was idle is slow.
+WARM_UP = 30
 
 
 def make_app(broker_url: str, kind: str, store_url: str) -> Celery:
@@ -88,7 +93,7 @@ def _options(app: Celery, kind: str, store_url: str) -> dict[str, Any]:
 def nothing(number: int, is_marked: bool) -> None:
     """Do nothing; say when, if asked."""
     if is_marked:
-        _client().rpush(MARKS, time.monotonic())
+        _client().rpush(MARKS, f"{time.monotonic()} {time.process_time()}")
 
 
 @cache
@@ -103,10 +108,13 @@ def main() -> None:
     numbers = itertools.count(os.getpid() * 10_000_000)
     for line in sys.stdin:
         count = int(line)
-        start = time.perf_counter()
-        for place in range(count):
+        start = busy = 0.0
+        for place in range(-WARM_UP, count):
+            if place == 0:
+                start, busy = time.perf_counter(), time.process_time()
             task.apply_async((next(numbers), place in (0, count - 1)))
-        print((time.perf_counter() - start) / count, flush=True)
+        seconds = (time.perf_counter() - start, time.process_time() - busy)
+        print(*(s / count for s in seconds), flush=True)
 
 
 if "BENCH_KIND" in os.environ:

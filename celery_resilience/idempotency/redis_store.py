@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from celery_resilience.idempotency.record import (
@@ -172,6 +173,7 @@ class RedisKeyStore:
         self._server.ready(ROOM, VERSION)
 
 
+@lru_cache(maxsize=64)  # each is said twice, as its run begins and as it ends
 def _text(claim: Claim) -> str:
     """A claim in JSON: redis-py takes longer for each of many words."""
     return json.dumps(

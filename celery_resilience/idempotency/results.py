@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from celery_resilience.serialization import deserialized, serialized
@@ -52,6 +53,18 @@ def pack(result: Any, serializer: str, *, has_backend: bool) -> bytes:
         serializer: The app's `result_serializer`.
         has_backend: The result backend stores this task's results.
     """
+    if result is None:
+        return _packed_none(serializer)
+    return _packed(result, serializer, has_backend=has_backend)
+
+
+@cache
+def _packed_none(serializer: str) -> bytes:
+    """What most tasks return, which is the same each time."""
+    return _packed(None, serializer, has_backend=False)
+
+
+def _packed(result: Any, serializer: str, *, has_backend: bool) -> bytes:
     try:
         content_type, encoding, data = serialized(result, serializer)
     except Exception:

@@ -1,6 +1,6 @@
 -- Say what a run came to.
--- ARGV: its claim in JSON, the state, seconds for which the key waits for its owner, '1' where
--- something is to be remembered, and that.
+-- ARGV: its claim in JSON, the state, seconds for which the key waits for its owner,
+-- '1' where something is to be remembered, and that.
 -- Returns the owner of another run, which has the key now.
 
 local claim = cjson.decode(ARGV[1])
