@@ -112,6 +112,10 @@ class Statements:
             .where(_is_it, keys.c.token == _word("token"))
             .values(
                 state=_word("new_state"),
+                # A sender may have reserved it since.
+                owner=_word("owner"),
+                holder=_word("holder"),
+                fingerprint=_word("fingerprint"),
                 lease_until=self._after("until_s"),
                 expires_at=self._after("until_s", "keep_s"),
                 result=bindparam("result", type_=LongBinary),

@@ -14,7 +14,9 @@ if token and token ~= '' and token ~= claim.token then return found[2] end
 
 local lease_until = now + until_s
 local expires_at = lease_until + claim.keep_s
+-- Also whose it is: a sender may have reserved it since.
 redis.call('HSET', hash, 'state', state, 'owner', claim.owner,
+  'holder', claim.holder, 'fingerprint', claim.fingerprint,
   'lease_until', as_text(lease_until), 'expires_at', as_text(expires_at),
   'result_bytes', #result)
 if has_result == '1' then
@@ -23,9 +25,8 @@ else
   redis.call('HDEL', hash, 'result')
 end
 if token ~= claim.token then
-  redis.call('HSET', hash, 'token', claim.token, 'holder', claim.holder,
-    'fingerprint', claim.fingerprint, 'epoch', 1, 'begun_at', as_text(now),
-    'found', '', 'name', claim.name, 'task', claim.task)
+  redis.call('HSET', hash, 'token', claim.token, 'epoch', 1,
+    'begun_at', as_text(now), 'found', '', 'name', claim.name, 'task', claim.task)
 end
 forget_at(claim.key, expires_at)
 return false

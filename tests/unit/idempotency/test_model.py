@@ -203,12 +203,10 @@ class Keys(RuleBasedStateMachine):
             Known(
                 state,
                 owner=claim.owner,
-                fingerprint=claim.fingerprint
-                if known is None or is_new
-                else known.fingerprint,
+                fingerprint=claim.fingerprint,
                 is_live=is_retrying and until_s > 0,
                 is_kept=claim.keep_s > 0,
-                holder=claim.holder if known is None or is_new else known.holder,
+                holder=claim.holder,
                 token=claim.token,
                 found=None if known is None or is_new else known.found,
                 result=result if state is KeyState.DONE else None,

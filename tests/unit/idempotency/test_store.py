@@ -378,11 +378,13 @@ def test_a_reservation_does_not_refuse_a_finish(store: KeyStore) -> None:
     """It is no run."""
     claim = begin(store)
     store.finish(claim, KeyState.FAILED)
-    store.reserve(a_claim(owner="task-2"))
+    store.reserve(a_claim(owner="task-2", fingerprint=""))
 
     assert store.finish(claim, KeyState.DONE, result=b"r") is None
 
-    assert store.begin(a_claim(owner="task-2")).result == b"r"
+    begun = store.begin(a_claim(owner="task-2"))
+    assert (begun.owner, begun.result) == ("task-1", b"r")
+    assert store.begin(a_claim(**OTHER)).verdict is Verdict.MISMATCH
 
 
 def test_a_reservation_does_not_hide_who_has_begun(store: KeyStore) -> None:
