@@ -112,6 +112,7 @@ class Statements:
             .where(_is_it, keys.c.token == _word("token"))
             .values(
                 state=_word("new_state"),
+                owner=_word("owner"),  # a sender may have reserved it meanwhile
                 lease_until=self._after("until_s"),
                 expires_at=self._after("until_s", "keep_s"),
                 result=bindparam("result", type_=LongBinary),
