@@ -177,7 +177,7 @@ class WorkerSetup:
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
         )
         FailureLog(installation.settings.log_format).attach()
-        FreesReservations(self._is_unique, installation.key_sender.release).attach()
+        FreesReservations(self._has_key, installation.key_sender.release).attach()
         log = WorkerLog(self.deliveries, self.start_line)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
@@ -288,9 +288,11 @@ class WorkerSetup:
         keyed = self._keyed_tasks()
         found = []
         if keyed and self.installation.store_choice.url is None:
+            waits = self.installation.settings.if_store_down == "wait"
             found.append(
-                "tasks have idempotency keys, and there is no store for them: "
-                f"{_names(keyed)}"
+                "there is no store for idempotency keys "
+                f"({self.installation.store_choice.why}), and tasks that have one "
+                f"{'wait until there is' if waits else 'run without'}: {_names(keyed)}"
             )
         if early := [task for task in keyed if not task.acks_late]:
             found.append(
@@ -313,9 +315,9 @@ class WorkerSetup:
         task = self.app.tasks.get(task_name)
         return task.failed_queue if isinstance(task, ResilientTask) else None
 
-    def _is_unique(self, task_name: str) -> bool:
+    def _has_key(self, task_name: str) -> bool:
         task = self.app.tasks.get(task_name)
-        return isinstance(task, ResilientTask) and task.unique_enqueue
+        return isinstance(task, ResilientTask) and task.has_key
 
     def prepare_tasks(self) -> None:
         """Give every resilient task our Request, on top of the one that it has."""

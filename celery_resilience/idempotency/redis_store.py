@@ -91,7 +91,7 @@ class RedisKeyStore:
         return None if owner is None else owner.decode()
 
     def release(self, key: str, owner: str) -> None:
-        """Undo the reservation of *key* by the message *owner*."""
+        """The message *owner*, for which *key* waits, will not run."""
         self._run("release", key, stored(owner))
 
     def weaknesses(self) -> Sequence[str]:

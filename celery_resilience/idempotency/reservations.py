@@ -1,4 +1,4 @@
-"""A worker frees the reservation of a message that it will not run."""
+"""A worker frees the key that waits for a message that it will not run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from celery_resilience.outcome import EVENTS, Outcome, Settlement
 
 class FreesReservations:
     """
-    Hears of revoked and expired messages, and frees what they had reserved.
+    Hears of revoked and expired messages, and frees what waits for them.
 
     In a thread of its own: the worker's main process never waits for a store.
 
     Args:
-        is_unique: Whether messages of a task have reservations.
-        release: Frees that of a key's name, for a task's name and id.
+        has_key: Whether a task has keys.
+        release: Frees the key of a name, for a task's name and id.
     """
 
     def __init__(
         self,
-        is_unique: Callable[[str], bool],
+        has_key: Callable[[str], bool],
         release: Callable[[str, str, str], None],
     ) -> None:
-        self._is_unique = is_unique
+        self._has_key = has_key
         self._release = release
         self._waiting: SimpleQueue[Settlement] = SimpleQueue()
         self._thread: Thread | None = None
@@ -38,7 +38,7 @@ class FreesReservations:
 
     def heard(self, *, settlement: Settlement) -> None:
         """A message will not run."""
-        if KEY not in settlement.marks or not self._is_unique(settlement.task):
+        if KEY not in settlement.marks or not self._has_key(settlement.task):
             return
         self._waiting.put(settlement)
         if self._thread is None:

@@ -8,7 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 from celery_resilience import _celery
-from celery_resilience.errors import ResilienceError
 from celery_resilience.idempotency.canonical import is_stable
 from celery_resilience.idempotency.key import KeyMaker, MadeKey, store_key
 from celery_resilience.idempotency.options import KeyOptions
@@ -145,8 +144,8 @@ class KeySender:
         try:
             store = self._store()
             return None if store is None else store.reserve(claim)
-        except ResilienceError as exc:
-            # Its run will ask.
+        except Exception as exc:
+            # StoreUnavailable, or what a driver raises unforeseen. Its run will ask.
             logger.warning("%s[%s] is sent unreserved: %s", task, task_id, exc)
             return None
 
@@ -156,7 +155,7 @@ class KeySender:
             store = self._store()
             if store is not None:
                 store.release(store_key(self._namespace, task, name), task_id)
-        except ResilienceError as exc:
+        except Exception as exc:
             logger.warning("the key %r stays reserved for a while: %s", name, exc)
 
 

@@ -161,10 +161,10 @@ class SqlKeyStore:
         return row.owner if is_in_the_way else None
 
     def release(self, key: str, owner: str) -> None:
-        """Undo the reservation of *key* by the message *owner*."""
+        """The message *owner*, for which *key* waits, will not run."""
         reserved = and_(
             self._is(key),
-            keys.c.state == KeyState.QUEUED,
+            keys.c.state.in_(WAITING),
             keys.c.owner == stored(owner),
         )
         forgotten = delete(keys).where(reserved, keys.c.token == "")

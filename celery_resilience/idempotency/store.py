@@ -80,7 +80,11 @@ class KeyStore(Protocol):
         ...
 
     def release(self, key: str, owner: str) -> None:
-        """Undo the reservation of *key* by the message *owner*; a run keeps its key."""
+        """
+        The message *owner*, for which *key* waits, will not run.
+
+        Another may be sent, and begin; a run keeps its key.
+        """
         ...
 
     def weaknesses(self) -> Sequence[str]:

@@ -77,7 +77,8 @@ class Call(NamedTuple):
         options: Of its task.
         snoozes: How often it was snoozed.
         dead_holder: The process that died while it ran this message.
-        is_forced: An operator runs it again whatever it came to.
+        is_forced: An operator runs it again whatever it came to, and no run of it has
+            begun yet.
         arguments: What `if_interrupted` is called with.
         is_in_canvas: Something waits for its result, which must be the true one.
         stores_result: The result backend stores what the task returns.
@@ -258,7 +259,7 @@ class KeyGuard:
             options=keys.options,
             snoozes=marks.get("snoozes", 0),
             dead_holder=marks.get("crashed"),
-            is_forced=marks.get("forced", False),
+            is_forced=marks.get("forced", False) and not _may_have_run(request, marks),
             arguments=(args, kwargs),
             is_in_canvas=bool(
                 request.chord or request.chain or request.callbacks or request.group
@@ -459,6 +460,12 @@ def retrying(run: KeyedRun, countdown: Any, eta: Any) -> Iterator[None]:
     except BaseException:
         run.still_runs()
         raise
+
+
+def _may_have_run(request: Any, marks: Mapping[str, Any]) -> bool:
+    """Whether a run of this very message may have begun: force is for one run."""
+    info = request.delivery_info or {}
+    return bool(info.get("redelivered")) or "crashes" in marks
 
 
 def _runs_again(call: Call, begun: Begun) -> bool:

@@ -113,3 +113,53 @@ def test_what_a_task_hands_on_of_its_headers_has_no_key(make_fleet: FleetMaker) 
 
     eventually(lambda: len(fleet.notes("keyed_result")) == 2)
     assert fleet.notes("headers") == [["headers", "trace"]]
+
+
+def test_force_is_for_one_run(make_fleet: FleetMaker) -> None:
+    """One that died after its effect: its message, sent again, finds that it is done."""
+    fleet = fleet_of(make_fleet, "redis", "redis")
+    first = fleet.worker(concurrency=1)
+    task_id = fleet.send("charge_or_fail", 1, 10, "after").id
+    record = fleet.record_of(task_id)
+    first.stop()
+    fleet.worker(concurrency=1, kill_at="after-finish")
+
+    done = fleet.command("failed", "replay", record["id"], "--yes", "--force", "--wait")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path(f"{fleet.ledger}.after-finish").exists()
+    assert ends(fleet, task_id) == [{"order": 1, "amount": 10}]
+    assert len(fleet.notes("charged")) == 2
+
+
+def test_a_duplicate_waits_for_no_retry_that_was_revoked(
+    make_fleet: FleetMaker,
+) -> None:
+    """It will not come: the key is free."""
+    fleet = fleet_of(make_fleet, "redis", "redis")
+    worker = fleet.worker()
+    first = fleet.send("keyed_retry", "a", 1, 4.0).id
+    eventually(lambda: worker.text.count(f"[{first}] received") == 2)
+    fleet.app.control.revoke(first)
+    second = fleet.send("keyed_retry", "a", 1, 4.0).id
+
+    assert ends(fleet, second) == [1]
+    assert fleet.runs(first) == 1
+    assert fleet.runs(second) == 2
+
+
+def test_an_app_without_a_store_says_that_keyed_tasks_wait(
+    make_fleet: FleetMaker,
+) -> None:
+    """In the worker's log, with what to do about it."""
+    fleet = make_fleet("rabbitmq", resilience_store_url=None)
+    worker = fleet.worker()
+
+    (said,) = [
+        line
+        for line in worker.text.splitlines()
+        if "there is no store for idempotency keys" in line
+    ]
+
+    assert "resilience_store_url" in said
+    assert "tasks that have one wait until there is: charge, " in said

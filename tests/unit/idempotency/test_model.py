@@ -18,7 +18,13 @@ from hypothesis.stateful import (
 from unit.conftest import Backend
 from unit.specimens import fresh_name
 
-from celery_resilience.idempotency.record import Begun, Claim, KeyState, Verdict
+from celery_resilience.idempotency.record import (
+    WAITING,
+    Begun,
+    Claim,
+    KeyState,
+    Verdict,
+)
 from celery_resilience.idempotency.store import KeyStore
 
 KEY = "a" * 64
@@ -288,7 +294,7 @@ class Keys(RuleBasedStateMachine):
         """A message was revoked."""
         self.store.release(KEY, owner)
         known = self.known
-        if known is None or known.state is not KeyState.QUEUED or known.owner != owner:
+        if known is None or known.state not in WAITING or known.owner != owner:
             return
         if known.token is None:
             self.now_known(None)

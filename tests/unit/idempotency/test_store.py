@@ -387,6 +387,19 @@ def test_a_reservation_does_not_refuse_a_finish(store: KeyStore) -> None:
     assert store.begin(a_claim(**OTHER)).verdict is Verdict.MISMATCH
 
 
+def test_a_finish_that_is_said_again_is_its_owners(store: KeyStore) -> None:
+    """A sender has reserved the key in between."""
+    claim = begin(store)
+    store.finish(claim, KeyState.FAILED)
+    store.reserve(a_claim(owner="task-2"))
+
+    store.finish(claim, KeyState.RETRYING, until_s=60.0)
+
+    record = store.get(claim.key)
+    assert record is not None
+    assert (record.state, record.owner) == (KeyState.RETRYING, claim.owner)
+
+
 def test_a_reservation_does_not_hide_who_has_begun(store: KeyStore) -> None:
     """A run whose key another has had since is refused, whatever was sent after."""
     stale = begin(store, lease_s=0.0)
@@ -590,6 +603,19 @@ def test_a_released_reservation_is_gone(store: KeyStore) -> None:
 
     assert store.get(a_claim().key) is None
     assert store.reserve(a_claim(owner="task-2")) is None
+
+
+def test_a_retry_that_will_not_come_leaves_its_key_at_once(store: KeyStore) -> None:
+    """Its message was revoked, or has expired; another's leaves it alone."""
+    claim = begin(store)
+    store.finish(claim, KeyState.RETRYING, until_s=60.0)
+
+    store.release(claim.key, "task-2")
+    assert state_of(store, claim) is KeyState.RETRYING
+    store.release(claim.key, claim.owner)
+
+    assert state_of(store, claim) is KeyState.FAILED
+    assert store.begin(a_claim(owner="task-2", token="b")).verdict is Verdict.RUN
 
 
 def test_a_run_keeps_its_key(store: KeyStore) -> None:
