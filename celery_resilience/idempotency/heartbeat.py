@@ -13,6 +13,7 @@ from celery_resilience.errors import ResilienceError
 from celery_resilience.events import emit
 from celery_resilience.idempotency.record import Claim
 from celery_resilience.idempotency.store import KeyStore
+from celery_resilience.threads import start_deaf
 
 logger = logging.getLogger("celery_resilience.idempotency")
 
@@ -61,8 +62,7 @@ class Heartbeat:
                 self._interval_s = claim.lease_s / PER_LEASE
                 self._changed.notify()
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="keys", daemon=True)
-                self._thread.start()
+                self._thread = start_deaf(self._run, "keys")
 
     def remove(self, claim: Claim) -> None:
         """Let the lease of *claim* lapse."""
