@@ -519,7 +519,9 @@ def test_an_error_that_is_no_duplicate_is_raised(
 
 
 @pytest.mark.parametrize(
-    "result", [float("nan"), {1, 2}, b"bytes", object(), {(1, 2): 3}], ids=repr
+    "result",
+    [float("nan"), {1, 2}, b"bytes", object(), {(1, 2): 3}],
+    ids=lambda result: type(result).__name__,
 )
 def test_a_result_that_json_does_not_have_is_refused(
     engine: Engine, result: Any
