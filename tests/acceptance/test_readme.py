@@ -106,6 +106,7 @@ def test_the_same_key_has_one_effect(folder: Path) -> None:
     )
     send = send.replace("shop.ship.delay(7)", "shop.charge.delay(7, 1990)")
     assert typed(start, folder).returncode == 0
+    eventually((folder / "worker.pid").exists)
     worker = psutil.Process(int(_pid(folder)))
     try:
         for _ in range(2):

@@ -85,6 +85,12 @@ def note(event: str, *facts: Any) -> None:
         os.close(descriptor)
 
 
+def marks_of(task: Any) -> dict[str, Any]:
+    """What celery-resilience has written on the message of a running task."""
+    found: dict[str, Any] = getattr(task.request, "resilience", None) or {}
+    return found
+
+
 def _register(app: Celery, base: Any) -> None:
     def task(**options: Any) -> Any:
         return app.task(base=base, bind=True, shared=False, **options)
@@ -329,23 +335,21 @@ def _register(app: Celery, base: Any) -> None:
     )
     def snoozed_with_autoretry(self: Any) -> str:
         started(self)
-        if not (self.request.headers or {}).get("resilience"):
+        if not marks_of(self):
             raise Snooze(0.1, "later")
         return "awake"
 
     @task(name="snoozed", acks_late=True)
     def snoozed(self: Any) -> str:
         started(self)
-        headers = self.request.headers or {}
-        if headers.get("resilience", {}).get("snoozes", 0) < 2:
+        if marks_of(self).get("snoozes", 0) < 2:
             raise Snooze(0.5, "later")
         return "awake"
 
     @task(name="snoozed_for", acks_late=True)
     def snoozed_for(self: Any, countdown_s: float) -> str:
         started(self)
-        headers = self.request.headers or {}
-        if not headers.get("resilience", {}).get("snoozes"):
+        if not marks_of(self).get("snoozes"):
             raise Snooze(countdown_s, "later")
         return "awake"
 
