@@ -465,7 +465,7 @@ def _register(app: Celery, base: Any) -> None:
         started(self)
         raise ValueError("in a queue of its own")
 
-    @task(name="effect", acks_late=True, reject_on_worker_lost=True)
+    @task(name="row_of_its_own", acks_late=True, reject_on_worker_lost=True)
     def effect(self: Any, url: str, number: int, is_keyed: bool) -> Any:
         from effects import have_effect
 

@@ -71,7 +71,7 @@ def run_under_fire(
         How many were killed, and what each task returned.
     """
     worker = fleet.worker(concurrency=4)
-    results = [fleet.send("effect", url, n, is_keyed) for n in range(tasks)]
+    results = [fleet.send("row_of_its_own", url, n, is_keyed) for n in range(tasks)]
     waiting, killed, chance = list(results), 0, random.Random(17)
 
     def look() -> bool:
