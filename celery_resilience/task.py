@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import signal
 from collections.abc import Callable, Mapping
@@ -548,6 +549,19 @@ NOT_IN_THIS_RELEASE = (
 )
 
 
+def misspelt_options(task: type[ResilientTask]) -> list[str]:
+    """What a task says that nobody reads, and that is nearly an option of ours."""
+    ours = [*TaskOptions.__annotations__, *NOT_IN_THIS_RELEASE]
+    # Without asking for their values: a class property of Celery's binds the class.
+    known = {name for base in ResilientTask.__mro__ for name in vars(base)}
+    found = []
+    for name in vars(task):
+        if name not in known:
+            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
+            found += [f"unknown option {name}, did you mean {near[0]}?" for _ in near]
+    return found
+
+
 def check_options(
     task: type[ResilientTask], installation: Installation
 ) -> TaskKeys | None:
@@ -571,6 +585,7 @@ def check_options(
         for name in NOT_IN_THIS_RELEASE
         if getattr(task, name, None)
     ]
+    wrong += misspelt_options(task)
     keys = None
     try:
         keys = installation.task_keys(task)

@@ -203,7 +203,8 @@ class Replayer:
             ids: Whole ids.
             to_queue: Another queue than the original ones.
             new_id: Give each message a new task id.
-            force: Run tasks whose idempotency key is done or interrupted, too.
+            force: Run tasks whose idempotency key is done or interrupted, too: of
+                several records with one key, the first.
             report: Filled in, also where an error breaks the replay off.
             on_progress: Called after each page.
 
@@ -211,10 +212,12 @@ class Replayer:
             BrokerUnavailable: One is in doubt, and the rest was not tried.
         """
         report = report or ReplayReport()
+        forced: set[tuple[str, str]] = set()
         for page in pages(ids, PAGE):
             claims = self._store.claim(
                 page, to_queue=to_queue, wants_new_id=new_id, is_forced=force
             )
+            claims = [_forced_once(claim, forced) for claim in claims]
             claimed = {claim.id for claim in claims}
             report.skipped += [id for id in page if id not in claimed]
             self.send_claims(claims, report, are_new=True)
@@ -228,3 +231,15 @@ class Replayer:
             len(report.skipped),
         )
         return report
+
+
+def _forced_once(claim: Claim, forced: set[tuple[str, str]]) -> Claim:
+    """Of several records with one key, force the first: the others are duplicates."""
+    key = claim.original.marks.get(KEY)
+    if not claim.is_forced or key is None:
+        return claim
+    name = (claim.task, key[0])
+    if name in forced:
+        return replace(claim, is_forced=False)
+    forced.add(name)
+    return claim

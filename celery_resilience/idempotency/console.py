@@ -32,6 +32,9 @@ DONE, NOT_FOUND, REFUSED, UNREACHABLE, INTERRUPTED = 0, 1, 2, 4, 130
 #: Digits of a key in a table; so many name one key of a million.
 SHORT = 12
 
+#: What may be the start of a key: fewer digits are an order's number.
+DIGITS = "[0-9a-fA-F]{8,64}"
+
 COLUMNS = ("KEY", "STATE", "BEGUN (UTC)", "RUNS", "RESULT", "TASK", "NAME", "TASK ID")
 
 Words = Mapping[str, Any]
@@ -78,14 +81,14 @@ def find(store: KeyStore, word: str) -> KeyRecord:
     The key that an operator means.
 
     Args:
-        word: Its readable name, or the start of its 64 digits.
+        word: Its readable name, or at least the first 8 of its 64 digits.
 
     Raises:
         ConfigurationError: Several are meant.
         NotFound: None is.
     """
     found = {record.key: record for record in store.list(name=word)} if word else {}
-    if not found and re.fullmatch("[0-9a-fA-F]{1,64}", word):
+    if not found and re.fullmatch(DIGITS, word):
         start = word.lower()
         if len(start) == 64:
             whole = store.get(start)
@@ -171,10 +174,9 @@ def _forget(store: KeyStore, words: Words) -> int:
             found[record.key] = record
     if found and not (words["yes"] or _is_agreed([*found.values()])):
         return REFUSED
-    forgotten = 0
     for record in found.values():
         if store.forget(record.key, is_running_too=words["running"]):
-            forgotten += 1
+            say(f"forgotten: {record.key[:SHORT]} {record.name}")
             continue
         now = store.get(record.key)
         if now is not None and now.state is KeyState.RUNNING:
@@ -183,7 +185,6 @@ def _forget(store: KeyStore, words: Words) -> int:
                 "twice if it is forgotten now; --running does it all the same"
             )
             code = REFUSED
-    say(f"forgotten: {forgotten}")
     return code
 
 

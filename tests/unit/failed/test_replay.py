@@ -123,6 +123,24 @@ def test_a_replay_keeps_its_idempotency_key() -> None:
     assert replayed(replace(claim, is_forced=True)).marks["forced"] is True
 
 
+def test_of_several_records_with_one_key_the_first_is_forced() -> None:
+    """The others are its duplicates: they end with the result that it had."""
+    headers = {"id": "1", HEADER: {"key": ["charge:1", "f" * 32]}}
+    original = a_message(headers=headers)
+    store = Store(["a", "b"], [], original=original, is_forced=True)
+    sent: list[OriginalMessage] = []
+    replayer = Replayer(
+        store,  # type: ignore[arg-type]
+        sent.append,
+        is_followed=lambda task: True,
+    )
+
+    report = replayer.replay(["a", "b"], force=True)
+
+    assert report.sent == ["a", "b"]
+    assert [message.marks.get("forced") for message in sent] == [True, None]
+
+
 def test_every_copy_of_a_replay_has_a_name_of_its_own() -> None:
     """A worker tells the second copy from a redelivery of the first."""
     one, two = (replayed(a_claim()).marks["replay"]["copy"] for _ in range(2))

@@ -145,7 +145,9 @@ def test_an_unknown_state_is_refused(app: Celery, capsys: Any) -> None:
 # --- show -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["charge:a1", "a1", "A1000", "a1".ljust(64, "0")])
+@pytest.mark.parametrize(
+    "word", ["charge:a1", "a1000000", "A1000000000", "a1".ljust(64, "0")]
+)
 def test_a_key_is_shown_by_its_name_or_its_digits(
     app: Celery, store: KeyStore, capsys: Any, word: str
 ) -> None:
@@ -167,35 +169,46 @@ def test_a_key_as_json_is_one_document(
     """The same as in a list."""
     remember(store, "a1")
 
-    assert run(app, "show", key="a1", output="json") == 0
+    assert run(app, "show", key="a1000000", output="json") == 0
 
     shown = json.loads(capsys.readouterr().out)
     assert shown == console.to_dict(next(store.list()))
 
 
 def test_a_name_beats_digits(app: Celery, store: KeyStore, capsys: Any) -> None:
-    """A key may be named 7."""
-    remember(store, "a1", name="7")
+    """A key may be named 71000000."""
+    remember(store, "a1", name="71000000")
     remember(store, "71")
 
-    assert run(app, "show", key="7") == 0
+    assert run(app, "show", key="71000000") == 0
 
     assert "task-a1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", ["a", "same"])
+def test_a_few_digits_are_nobodys(app: Celery, store: KeyStore, capsys: Any) -> None:
+    """An order's number that is forgotten already is not the start of another key."""
+    remember(store, "35")
+
+    for word in ("3", "35", "3500000"):
+        assert run(app, "forget", keys=(word,)) == 1
+
+    assert len(list(store.list())) == 1
+    assert "no key '3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["aaaaaaaa", "same"])
 def test_an_ambiguous_word_is_refused(
     app: Celery, store: KeyStore, capsys: Any, word: str
 ) -> None:
     """Two tasks may have keys of one name; it says which there are."""
-    remember(store, "a1", name="same")
-    remember(store, "a2", name="same", task="shop.mail")
+    remember(store, "aaaaaaaa1", name="same")
+    remember(store, "aaaaaaaa2", name="same", task="shop.mail")
 
     assert run(app, "show", key=word) == 2
 
     told = capsys.readouterr().err
     assert "ambiguous" in told
-    assert "a10000000000 of shop.charge, a20000000000 of shop.mail" in told
+    assert "aaaaaaaa1000 of shop.charge, aaaaaaaa2000 of shop.mail" in told
 
 
 def test_very_ambiguous_words_are_cut_short(
@@ -203,16 +216,16 @@ def test_very_ambiguous_words_are_cut_short(
 ) -> None:
     """A terminal is small."""
     for number in range(7):
-        remember(store, f"a{number}")
+        remember(store, f"aaaaaaaa{number}")
 
-    assert run(app, "show", key="a") == 2
+    assert run(app, "show", key="aaaaaaaa") == 2
 
     told = capsys.readouterr().err
     assert told.count(" of shop.charge") == 5
     assert "and others" in told
 
 
-@pytest.mark.parametrize("word", ["charge:none", "dead", "d" * 64, ""])
+@pytest.mark.parametrize("word", ["charge:none", "dead", "deaddead", "d" * 64, ""])
 def test_an_unknown_key_is_not_found(
     app: Celery, store: KeyStore, capsys: Any, word: str
 ) -> None:
@@ -231,7 +244,7 @@ def test_nothing_hostile_reaches_a_terminal(
     """A key is made of arguments, which anybody may have sent."""
     remember(store, "a1", name=HOSTILE_TEXT, task=HOSTILE_TEXT, owner=HOSTILE_TEXT)
 
-    assert run(app, "show", key="a1", output=output) == 0
+    assert run(app, "show", key="a1000000", output=output) == 0
     assert run(app, "list", output="table" if output == "text" else output) == 0
 
     out = capsys.readouterr().out
@@ -247,11 +260,12 @@ def test_keys_are_forgotten(app: Celery, store: KeyStore, capsys: Any) -> None:
     remember(store, "b2")
     remember(store, "c3")
 
-    assert run(app, "forget", keys=("charge:a1", "none", "b2", "a1")) == 1
+    assert run(app, "forget", keys=("charge:a1", "none", "b2000000", "a1000000")) == 1
 
     told = capsys.readouterr()
     assert "no key 'none'" in told.err
-    assert "forgotten: 2" in told.err
+    assert "forgotten: a10000000000 charge:a1" in told.err
+    assert "forgotten: b20000000000 charge:b2" in told.err
     assert [record.name for record in store.list()] == ["charge:c3"]
 
 
@@ -259,12 +273,13 @@ def test_an_ambiguous_word_forgets_nothing(
     app: Celery, store: KeyStore, capsys: Any
 ) -> None:
     """And the others all the same."""
-    for key in ("a1", "a2", "b3"):
+    names = ["charge:aaaaaaaa1", "charge:aaaaaaaa2"]
+    for key in ("aaaaaaaa1", "aaaaaaaa2", "b3"):
         remember(store, key)
 
-    assert run(app, "forget", keys=("a", "b3")) == 2
+    assert run(app, "forget", keys=("aaaaaaaa", "b3000000")) == 2
 
-    assert sorted(record.name for record in store.list()) == ["charge:a1", "charge:a2"]
+    assert sorted(record.name for record in store.list()) == names
     assert "ambiguous" in capsys.readouterr().err
 
 
@@ -274,11 +289,11 @@ def test_a_running_key_is_forgotten_only_if_that_is_said(
     """Its effect would happen twice."""
     claim = remember(store, "a1", None)
 
-    assert run(app, "forget", keys=("a1",)) == 2
+    assert run(app, "forget", keys=("a1000000",)) == 2
     assert "is running" in capsys.readouterr().err
     assert store.get(claim.key) is not None
 
-    assert run(app, "forget", keys=("a1",), running=True) == 0
+    assert run(app, "forget", keys=("a1000000",), running=True) == 0
     assert store.get(claim.key) is None
 
 
@@ -308,7 +323,7 @@ def test_who_forgets_is_asked(
         remember(store, key)
     monkeypatch.setattr(sys, "stdin", stdin)
 
-    code = run(app, "forget", keys=("a1", "b2"), yes=False)
+    code = run(app, "forget", keys=("a1000000", "b2000000"), yes=False)
 
     assert code == (0 if is_forgotten else 2)
     assert len(list(store.list())) == (0 if is_forgotten else 2)
@@ -356,5 +371,5 @@ def test_ctrl_c_is_said(
 
     monkeypatch.setattr(sys, "stdin", Interrupting())
 
-    assert run(app, "forget", keys=("a1",), yes=False) == 130
+    assert run(app, "forget", keys=("charge:a1",), yes=False) == 130
     assert "interrupted" in capsys.readouterr().err

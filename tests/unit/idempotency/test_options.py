@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -54,6 +55,27 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], said: str) -> None:
 
     assert str(refused.value).startswith("task shop.charge: ")
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("idempotancy_key", "idempotency_key"),
+        ("if_runing", "if_running"),
+        ("idempotency_keep", "idempotency_keep_s"),
+        ("max_crash", "max_crashes"),
+    ],
+)
+def test_a_misspelt_option_is_refused(name: str, meant: str) -> None:
+    """Celery takes any option: the task would have no key, and nobody would know."""
+    said = f"unknown option {name}, did you mean {meant}?"
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        registered(**{name: "x"})
+
+
+def test_an_option_of_the_apps_own_is_none_of_ours() -> None:
+    """Any name that is not nearly one of ours."""
+    assert registered(tenant="acme", key="x").tenant == "acme"
 
 
 def test_every_mistake_is_told_at_once() -> None:
