@@ -120,7 +120,8 @@ def test_the_same_key_has_one_effect(folder: Path) -> None:
 
     assert (key["name"], key["state"], key["runs"]) == ("charge:7", "done", 1)
     said = (folder / "worker.log").read_text()
-    assert "2 deliveries, 1 succeeded, 1 skipped" in said
+    # The second may come while the first runs, and is snoozed then.
+    assert re.search(r"stopped after \d+ s: \d+ deliveries, 1 succeeded", said), said
 
 
 def test_every_setting_verb_and_flag_is_told() -> None:
