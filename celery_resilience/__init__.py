@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from celery_resilience.failed.api import FailedTasks
     from celery_resilience.idempotency.once import once, purge_once
     from celery_resilience.install import Resilience
-    from celery_resilience.task import ResilientTask, TaskOptions
+    from celery_resilience.task import ResilientTask
+    from celery_resilience.task_options import TaskOptions
 
     __version__: str
 else:
     #: Imported when a name is first used: every call of `celery` imports this package.
     _MODULES = {"FailedTasks": "failed.api", "Resilience": "install"}
-    _MODULES |= dict.fromkeys(("ResilientTask", "TaskOptions"), "task")
+    _MODULES |= {"ResilientTask": "task", "TaskOptions": "task_options"}
     _MODULES |= dict.fromkeys(("once", "purge_once"), "idempotency.once")
 
     def __getattr__(name: str) -> Any:

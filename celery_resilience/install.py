@@ -101,15 +101,38 @@ class IsEnding(Protocol):
     def __call__(self, exc: BaseException) -> bool: ...
 
 
+class AroundBody(Protocol):
+    """A room that looks, in the process that runs it, at what a body leaves behind."""
+
+    def before(self, task: ResilientTask, request: Any) -> None:
+        """The body of *request* starts; this never fails."""
+
+    def after(
+        self, task: ResilientTask, request: Any, exc: BaseException | None
+    ) -> None:
+        """
+        The body returned, or raised *exc*.
+
+        Raises:
+            ResilienceError: What the run comes to instead.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ChildRooms:
-    """What surrounds a task body in the process that runs it."""
+    """
+    What surrounds a task body in the process that runs it.
+
+    Attributes:
+        around: The rooms right around the body, the outermost first.
+    """
 
     fence: ReplayFence
     starts: StartGuard
     keys: KeyGuard
     facts: TellsFacts
     is_ending: IsEnding
+    around: tuple[AroundBody, ...] = ()
 
 
 class Installation:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import signal
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from functools import cached_property
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from celery import Task
 from celery.app.task import Context
@@ -19,6 +18,7 @@ from celery_resilience.errors import (
     ConfigurationError,
     MissingExtra,
     Replaced,
+    ResilienceError,
     RetryNotPublished,
     Skip,
     TaskExited,
@@ -27,12 +27,17 @@ from celery_resilience.failure import describe
 from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
+from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.soft_limit import soft_limit_deferred
+from celery_resilience.task_options import Names, wrong_options
 
 if TYPE_CHECKING:
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.task import KeyedRun
     from celery_resilience.install import ChildRooms, Installation
+
+logger = logging.getLogger("celery_resilience.task")
 
 #: Where a request remembers the exception with which its retries were spent.
 EXHAUSTED = "_resilience_exhausted"
@@ -46,39 +51,8 @@ INHERITED_MARKS = ("replay", KEY)
 #: Those that another task inherits.
 INHERITED_BY_ANOTHER = ("replay",)
 
-#: Where a request remembers the name of its key, its run with it, and that another
-#: task goes on under its id.
-KEY_NAME = "_resilience_key"
-KEYED_RUN = "_resilience_run"
-HANDED_OVER = "_resilience_handed_over"
-
-
 #: What Celery's `apply_async` takes by position after the task's id.
 POSITIONAL = ("producer", "link", "link_error", "shadow")
-
-#: Names of arguments; one string is no list of them.
-Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
-
-
-class TaskOptions(TypedDict, total=False):
-    """
-    The options of a resilient task, for type checkers: they check what they see here.
-
-    `@app.task(base=ResilientTask, **TaskOptions(max_crashes=2))` is the same to
-    Celery as `@app.task(base=ResilientTask, max_crashes=2)`, whose options no checker
-    knows. What they mean is told at `ResilientTask`.
-    """
-
-    failed_queue: str | Literal[False] | None
-    redact: Names
-    max_crashes: int | None
-    idempotency_key: str | Literal[True] | Callable[..., str | None] | None
-    idempotency_keep_s: float
-    idempotency_lease_s: float
-    if_running: IfRunning
-    if_done: IfDone
-    if_interrupted: IfInterrupted
-    unique_enqueue: bool
 
 
 class ResilientTask(Task):  # type: ignore[type-arg]
@@ -159,9 +133,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         0. replay fence and crash count, only for messages with a past;
         1. the idempotency key is taken;
-        2. the body;
-        3. the key is finished;
-        4. the facts of a failure, for the settlement in the main process.
+        2. what the body may leave behind is looked at, before and after it;
+        3. the body;
+        4. the key is finished;
+        5. the facts of a failure, for the settlement in the main process.
         """
         request = self.request_stack.top
         rooms = None if self._installation is None else self._installation.child
@@ -186,10 +161,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 after_body = self._before_body(rooms, request)
             if self._keys is not None:
                 return self._run_keyed(rooms, request, args, kwargs)
-            if self._base_has_a_call:
-                return super().__call__(*args, **kwargs)
-            _celery.enter_body(request)
-            return self.run(*args, **kwargs)
+            return self._run_body(rooms, request, args, kwargs)
         except Skip as skip:
             rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
             return skip.result
@@ -226,11 +198,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             with soft_limit_deferred():
                 # A soft limit that passed meanwhile is raised here, with the key taken.
                 run = self._begin_keyed(rooms, request, args, kwargs)
-            if self._base_has_a_call:
-                result = super().__call__(*args, **kwargs)
-            else:
-                _celery.enter_body(request)
-                result = self.run(*args, **kwargs)
+            result = self._run_body(rooms, request, args, kwargs)
             if run is not None:
                 with soft_limit_deferred():
                     run.done(result)
@@ -243,6 +211,52 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         return result
+
+    def _run_body(
+        self,
+        rooms: ChildRooms,
+        request: Context,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the body, with the rooms that look at what it leaves behind."""
+        for room in rooms.around:
+            room.before(self, request)
+        try:
+            if self._base_has_a_call:
+                result = super().__call__(*args, **kwargs)
+            else:
+                _celery.enter_body(request)
+                result = self.run(*args, **kwargs)
+        except BaseException as exc:
+            exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
+            self._after_body(rooms, request, exc)
+            raise
+        self._after_body(rooms, request, None)
+        return result
+
+    def _after_body(
+        self, rooms: ChildRooms, request: Context, exc: BaseException | None
+    ) -> None:
+        """
+        Let the rooms look, the innermost first.
+
+        Raises:
+            ResilienceError: One changes what the run came to; the others still look.
+        """
+        if not rooms.around:
+            return
+        verdict: ResilienceError | None = None
+        with soft_limit_deferred():
+            for room in reversed(rooms.around):
+                try:
+                    room.after(self, request, verdict or exc)
+                except ResilienceError as raised:
+                    verdict = raised
+                except Exception:
+                    logger.exception("%s: %s could not look", self.name, room)
+        if verdict is not None:
+            raise verdict from exc
 
     def _begin_keyed(
         self,
@@ -440,34 +454,6 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         return (*self.redact, *(settings.redact if settings else ()))
 
 
-class RunView:
-    """
-    The running body's view of what surrounds it, as `self.resilience`.
-
-    Args:
-        request: Of the run; None outside of one.
-    """
-
-    def __init__(self, request: Context | None) -> None:
-        self._said = {} if request is None else vars(request)
-
-    @property
-    def key(self) -> str | None:
-        """
-        The idempotency key of this run, the same in each run of the same effect.
-
-        Hand it to a service that takes one: what a key cannot undo, the service then
-        does not repeat. None outside of a worker, and for a call without a key.
-        """
-        return self._said.get(KEY_NAME)
-
-    @property
-    def fencing_token(self) -> int:
-        """A number that grows with each run of the same key; 0 without a key."""
-        run = self._said.get(KEYED_RUN)
-        return 0 if run is None else run.epoch
-
-
 def inherited_marks(
     request: Context | None, names: tuple[str, ...] = INHERITED_MARKS
 ) -> dict[str, Any]:
@@ -497,71 +483,6 @@ def _is_redelivered(request: Context) -> bool:
     return bool(request.delivery_info and request.delivery_info.get("redelivered"))
 
 
-#: The signal of a soft time limit, where there is one (``billiard/pool.py:228``).
-_SOFT_LIMIT = {signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set()
-
-
-class soft_limit_deferred:
-    """Hold a soft time limit's signal back while our own code runs."""
-
-    __slots__ = ("_before",)
-
-    def __enter__(self) -> None:
-        if _SOFT_LIMIT:
-            self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _SOFT_LIMIT)
-
-    def __exit__(self, *_: object) -> None:
-        if _SOFT_LIMIT:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset) and all(
-        isinstance(name, str) for name in value
-    )
-
-
-_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "failed_queue": (
-        lambda value: (
-            value in (None, False) or (isinstance(value, str) and value != "")
-        ),
-        "the name of a queue, False or None",
-    ),
-    "redact": (_is_names, "a list of argument names"),
-    "max_crashes": (
-        lambda value: value is None or _is_count(value),
-        "a whole number from 1, or None",
-    ),
-}
-
-#: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE = (
-    "retry_rules",
-    "circuit",
-    "if_circuit_open",
-    "memory_limit_mib",
-    "max_message_kib",
-)
-
-
-def misspelt_options(task: type[ResilientTask]) -> list[str]:
-    """What a task says that nobody reads, and that is nearly an option of ours."""
-    ours = [*TaskOptions.__annotations__, *NOT_IN_THIS_RELEASE]
-    # Without asking for their values: a class property of Celery's binds the class.
-    known = {name for base in ResilientTask.__mro__ for name in vars(base)}
-    found = []
-    for name in vars(task):
-        if name not in known:
-            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
-            found += [f"unknown option {name}, did you mean {near[0]}?" for _ in near]
-    return found
-
-
 def check_options(
     task: type[ResilientTask], installation: Installation
 ) -> TaskKeys | None:
@@ -575,17 +496,9 @@ def check_options(
         ConfigurationError: Some are wrong; the message names the task, each
             option, its value and what is accepted.
     """
-    wrong = [
-        f"{name} must be {accepted}, got {getattr(task, name)!r}"
-        for name, (is_right, accepted) in _CHECKS.items()
-        if not is_right(getattr(task, name))
-    ]
-    wrong += [
-        f"{name} is not in this release of celery-resilience: remove it"
-        for name in NOT_IN_THIS_RELEASE
-        if getattr(task, name, None)
-    ]
-    wrong += misspelt_options(task)
+    # Without asking for their values: a class property of Celery's binds the class.
+    known = {name for base in ResilientTask.__mro__ for name in vars(base)}
+    wrong = wrong_options(task, known)
     keys = None
     try:
         keys = installation.task_keys(task)

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -25,7 +25,7 @@ from celery_resilience.delivery.facts import FactsChannel, NoFacts
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.request import build_request_class
-from celery_resilience.errors import ConfigurationError, ResilienceError
+from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
 from celery_resilience.failed.spool import Spool
@@ -36,14 +36,9 @@ from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
+from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
 logger = logging.getLogger("celery_resilience.worker")
-
-#: RabbitMQ's `consumer_timeout` where nobody has set another, since 3.8.17.
-CONSUMER_TIMEOUT_S = 1_800.0
-
-#: kombu's own for Redis (``kombu/transport/redis.py``), where nobody has set another.
-VISIBILITY_TIMEOUT_S = 3_600.0
 
 #: Visibility timeouts after which a message is surely not delivered again.
 REDELIVERED_WITHIN = 2
@@ -179,17 +174,14 @@ class WorkerSetup:
         FailureLog(installation.settings.log_format).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
         log = WorkerLog(self.deliveries, self.start_line)
+        warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
 
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
-                log.started(self.warnings())
-                if self._keyed_tasks():
-                    # The store may be slow, and this process waits for nobody.
-                    threading.Thread(
-                        target=self._look_at_key_store, daemon=True
-                    ).start()
+                log.started(warnings.sentences())
+                warnings.look_at_key_store()
 
         def on_shutting_down(sender: Any = None, **_: Any) -> None:
             if sender == hostname:
@@ -233,84 +225,6 @@ class WorkerSetup:
         queues = ", ".join(self.collect_queues)
         return f"; dead-letter queues {queues}" if queues else ""
 
-    def warnings(self) -> list[str]:
-        """What is weaker here than it should be, a sentence each."""
-        found = []
-        weak_doors = _celery.missing_doors(_celery.OTHER_DOORS)
-        if weak_doors:
-            found.append(
-                f"this release of Celery lacks {', '.join(weak_doors)}: "
-                f"{len(weak_doors)} promises are weaker"
-            )
-        method = getattr(self.app.conf, "worker_pool_start_method", None) or "fork"
-        if method != "fork":
-            found.append(
-                f"worker_pool_start_method is {method!r}: children cannot tell this "
-                "process what only they know, so that Skip counts as succeeded, "
-                "retries_exhausted as exception, an exception that cannot be pickled "
-                "by its wrapper, and whole-worker deaths do not add to a child's crashes"
-            )
-        with self.app.connection_for_read() as connection:
-            is_amqp = connection.transport.driver_type == "amqp"
-        too_long = sorted(
-            f"{task.name} ({limit:.0f} s)"
-            for task in self.app.tasks.values()
-            if isinstance(task, ResilientTask)
-            and task.acks_late
-            and (limit := _celery.time_limit_of(task) or 0) > CONSUMER_TIMEOUT_S
-        )
-        if is_amqp and too_long:
-            found.append(
-                "RabbitMQ closes the channel of a message that is unacknowledged for "
-                f"{CONSUMER_TIMEOUT_S / 60:.0f} minutes, unless its consumer_timeout is "
-                "longer, and delivers it again; these late-acked tasks may run longer: "
-                f"{', '.join(too_long)}"
-            )
-        return found + self._weak_keys()
-
-    def _keyed_tasks(self) -> list[ResilientTask]:
-        return [
-            task
-            for task in self.app.tasks.values()
-            if isinstance(task, ResilientTask) and task.has_key
-        ]
-
-    def _look_at_key_store(self) -> None:
-        try:
-            store = self.installation.key_store()
-            for weakness in () if store is None else store.weaknesses():
-                logger.warning("idempotency keys may be forgotten: %s", weakness)
-        except ResilienceError as exc:
-            logger.warning("idempotency keys: %s", exc)
-
-    def _weak_keys(self) -> list[str]:
-        """Tasks whose idempotency key holds less than it seems."""
-        keyed = self._keyed_tasks()
-        found = []
-        if keyed and self.installation.store_choice.url is None:
-            waits = self.installation.settings.if_store_down == "wait"
-            found.append(
-                "there is no store for idempotency keys "
-                f"({self.installation.store_choice.why}), and tasks that have one "
-                f"{'wait until there is' if waits else 'run without'}: {_names(keyed)}"
-            )
-        if early := [task for task in keyed if not task.acks_late]:
-            found.append(
-                "these tasks have an idempotency key and acks_late = False: a run that "
-                "is cut off is not delivered again, and its key may stay in doubt until "
-                f"its lease lapses: {_names(early)}"
-            )
-        visible_s = visibility_timeout_s(self.app)
-        if self.app.connection_for_read().transport.driver_type == "redis" and (
-            long := [t for t in keyed if t.idempotency_lease_s > visible_s / 2]
-        ):
-            found.append(
-                "these tasks have an idempotency_lease_s above half the visibility "
-                f"timeout of {visible_s:.0f} s: what a killed worker had is delivered "
-                f"again, and waits for the lease: {_names(long)}"
-            )
-        return found
-
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)
         return task.failed_queue if isinstance(task, ResilientTask) else None
@@ -327,16 +241,6 @@ class WorkerSetup:
                 if getattr(base, "deliveries", None) is not self.deliveries:
                     ours: Any = build_request_class(base, self.deliveries)
                     task.Request = ours
-
-
-def visibility_timeout_s(app: Any) -> float:
-    """Seconds after which Redis delivers an unacknowledged message again."""
-    options = app.conf.broker_transport_options or {}
-    return float(options.get("visibility_timeout") or VISIBILITY_TIMEOUT_S)
-
-
-def _names(tasks: Iterable[ResilientTask]) -> str:
-    return ", ".join(sorted(task.name for task in tasks))
 
 
 def replay_fence(installation: Installation) -> ReplayFence:

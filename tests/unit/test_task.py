@@ -12,7 +12,8 @@ from unit.specimens import fresh_name, replay_mark
 
 from celery_resilience import ConfigurationError, ResilientTask, Skip
 from celery_resilience.message import HEADER
-from celery_resilience.task import NOT_IN_THIS_RELEASE, soft_limit_deferred
+from celery_resilience.soft_limit import soft_limit_deferred
+from celery_resilience.task_options import NOT_IN_THIS_RELEASE
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""The options of a resilient task: their types for checkers, and their checks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
+
+#: Names of arguments; one string is no list of them.
+Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
+
+
+class TaskOptions(TypedDict, total=False):
+    """
+    The options of a resilient task, for type checkers: they check what they see here.
+
+    `@app.task(base=ResilientTask, **TaskOptions(max_crashes=2))` is the same to
+    Celery as `@app.task(base=ResilientTask, max_crashes=2)`, whose options no checker
+    knows. What they mean is told at `ResilientTask`.
+    """
+
+    failed_queue: str | Literal[False] | None
+    redact: Names
+    max_crashes: int | None
+    idempotency_key: str | Literal[True] | Callable[..., str | None] | None
+    idempotency_keep_s: float
+    idempotency_lease_s: float
+    if_running: IfRunning
+    if_done: IfDone
+    if_interrupted: IfInterrupted
+    unique_enqueue: bool
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(
+        isinstance(name, str) for name in value
+    )
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "failed_queue": (
+        lambda value: (
+            value in (None, False) or (isinstance(value, str) and value != "")
+        ),
+        "the name of a queue, False or None",
+    ),
+    "redact": (_is_names, "a list of argument names"),
+    "max_crashes": (
+        lambda value: value is None or _is_count(value),
+        "a whole number from 1, or None",
+    ),
+}
+
+#: Options of the public contract whose feature this release does not have.
+NOT_IN_THIS_RELEASE = (
+    "retry_rules",
+    "circuit",
+    "if_circuit_open",
+    "memory_limit_mib",
+    "max_message_kib",
+)
+
+
+def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
+    """
+    What a task says that nobody reads, and that is nearly an option of ours.
+
+    Args:
+        known: The names that its base classes have.
+    """
+    ours = [*TaskOptions.__annotations__, *NOT_IN_THIS_RELEASE]
+    found = []
+    for name in vars(task):
+        if name not in known:
+            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
+            found += [f"unknown option {name}, did you mean {near[0]}?" for _ in near]
+    return found
+
+
+def wrong_options(task: type[Any], known: Iterable[str]) -> list[str]:
+    """
+    What is wrong with a task's options, a sentence each.
+
+    Args:
+        known: The names that its base classes have.
+    """
+    found = [
+        f"{name} must be {accepted}, got {getattr(task, name)!r}"
+        for name, (is_right, accepted) in _CHECKS.items()
+        if not is_right(getattr(task, name))
+    ]
+    found += [
+        f"{name} is not in this release of celery-resilience: remove it"
+        for name in NOT_IN_THIS_RELEASE
+        if getattr(task, name, None)
+    ]
+    return found + misspelt_options(task, known)
