@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     __version__: str
 else:
     #: Imported when a name is first used: every call of `celery` imports this package.
-    _MODULES = {"FailedTasks": "failed.api", "Resilience": "install"}
-    _MODULES |= {"ResilientTask": "task", "TaskOptions": "task_options"}
+    _MODULES = {"FailedTasks": "failed.api", "ResilientTask": "task"}
+    _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
     _MODULES |= dict.fromkeys(("once", "purge_once"), "idempotency.once")
 
     def __getattr__(name: str) -> Any:
@@ -46,5 +46,4 @@ else:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
-        value = globals()[name] = getattr(module, name)
-        return value
+        return globals().setdefault(name, getattr(module, name))

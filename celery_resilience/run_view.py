@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 #: Where a request remembers the name of its key, its run with it, and that another
 #: task goes on under its id.
 KEY_NAME = "_resilience_key"
