@@ -28,6 +28,7 @@ from celery_resilience.task import ResilientTask
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
+    from celery_resilience.batches.task import Streams
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
@@ -178,6 +179,13 @@ class Installation:
         )
 
     @cached_property
+    def streams(self) -> Streams:
+        """Streams of the tasks that run in this process."""
+        from celery_resilience.batches.task import Streams
+
+        return Streams(self.checkpoint_store, is_stopping=lambda: False)
+
+    @cached_property
     def key_sender(self) -> KeySender:
         """Sends the messages of tasks with keys."""
         from celery_resilience.idempotency.send import KeySender
@@ -312,6 +320,10 @@ class Installation:
         """The store of idempotency keys, or None when the app has none."""
         return self._store("keys")
 
+    def checkpoint_store(self) -> Any:
+        """The store of how far tasks came, or None when the app has none."""
+        return self._store("checkpoints")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -322,6 +334,7 @@ class Installation:
     def _open_stores(self, url: str) -> dict[str, Any]:
         settings = self.settings
         if is_redis(url):
+            from celery_resilience.batches.redis_store import RedisCheckpointStore
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
@@ -334,8 +347,10 @@ class Installation:
                 "failed": RedisFailedTaskStore(server),
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
+                "checkpoints": RedisCheckpointStore(server),
                 "backend": server,
             }
+        from celery_resilience.batches.sql_store import SqlCheckpointStore
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
@@ -346,6 +361,7 @@ class Installation:
             "failed": SqlFailedTaskStore(database, settings.namespace),
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
+            "checkpoints": SqlCheckpointStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -360,6 +376,7 @@ class Installation:
             raise ConfigurationError(f"there is no store: {self.store_choice.why}")
         if is_redis(self.store_choice.url):
             raise ConfigurationError("the store is in Redis, which has no tables")
+        from celery_resilience.batches import sql_store as batches
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
@@ -368,6 +385,7 @@ class Installation:
         return SqlDatabase(self.store_choice.url).ddl(
             {
                 "failed": (failed.VERSION, failed.TABLES),
+                "batches": (batches.VERSION, batches.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
             }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery_resilience.install import Installation
 
 #: Where a request remembers the name of its key, its run with it, and that another
 #: task goes on under its id.
@@ -17,9 +21,12 @@ class RunView:
 
     Args:
         request: Of the run; None outside of one.
+        installation: What is installed in the task's app.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, installation: Installation) -> None:
+        self._request = request
+        self._installation = installation
         self._said = {} if request is None else vars(request)
 
     @property
@@ -37,3 +44,40 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    def stream(
+        self,
+        source: Any,
+        key: str = "id",
+        size: int = 1_000,
+        *,
+        name: str | None = None,
+        session: Any = None,
+    ) -> Iterator[Any]:
+        """
+        The rows of a query or the items of an iterable, in bounded memory.
+
+        A query is read in pages, each after the key of the last row before it. When the
+        row after a page is asked for, the session is committed and the place saved: a
+        run that was killed, failed, or has to end as its worker stops is followed by
+        one that goes on there. What was done since the last full page is done again.
+
+        Args:
+            source: SQLAlchemy's `select()` or `Query`, Django's QuerySet, or an iterable
+                that gives the same items in the same order each time.
+            key: A unique column without NULL, by which a query is read.
+            size: Rows of a page, from 1; at most two pages are in memory.
+            name: At most 64 characters; where a task has several streams that it does
+                not always begin in the same order.
+            session: SQLAlchemy's, for a `select()`; with an iterable it is committed
+                after each page.
+
+        Raises:
+            TypeError: The source is none of these.
+            ValueError: The query has a limit, or its key is missing or not unique.
+            Snooze: The rest is another run's; or the store is away as it begins. Let it
+                pass.
+        """
+        return self._installation.streams.rows(
+            self._request, source, key=key, size=size, name=name, session=session
+        )

@@ -380,7 +380,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     @property
     def resilience(self) -> RunView:
         """What the running body may ask of celery-resilience."""
-        return RunView(self.request_stack.top)
+        assert self._installation is not None, "an abstract task has no run"
+        return RunView(self.request_stack.top, self._installation)
 
     def signature_from_request(
         self, request: Context | None = None, *args: Any, **kwargs: Any

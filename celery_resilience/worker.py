@@ -167,6 +167,7 @@ class WorkerSetup:
             keys=key_guard(installation),
             facts=self.deliveries.facts,
             is_ending=_is_ending,
+            around=(installation.streams,),
         )
         os.environ[WORKER_VARIABLE] = json.dumps(
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
@@ -311,6 +312,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         keys=key_guard(installation),
         facts=facts,
         is_ending=_is_ending,
+        around=(installation.streams,),
     )
 
 

@@ -12,6 +12,9 @@ from hypothesis import settings
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
+from celery_resilience.batches.redis_store import RedisCheckpointStore
+from celery_resilience.batches.sql_store import SqlCheckpointStore
+from celery_resilience.batches.store import CheckpointStore
 from celery_resilience.crashes.redis_store import RedisStartStore
 from celery_resilience.crashes.sql_store import SqlStartStore
 from celery_resilience.crashes.store import StartStore
@@ -110,6 +113,12 @@ class Backend:
         if self._url.startswith("redis"):
             return RedisKeyStore(self._redis(namespace, **LIMITS))
         return SqlKeyStore(self._database(), namespace)
+
+    def checkpoints(self, namespace: str) -> CheckpointStore:
+        """The places that the tasks of an app have come to."""
+        if self._url.startswith("redis"):
+            return RedisCheckpointStore(self._redis(namespace))
+        return SqlCheckpointStore(self._database(), namespace)
 
     def close(self) -> None:
         """Close every connection."""

@@ -1,0 +1,1 @@
+"""Many items in bounded memory, from where an earlier run stopped."""
