@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 from celery import Celery, Task
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
 
 from celery_resilience import Resilience, ResilientTask
+
+#: What `leaking` leaves behind in its process at each run.
+LEAKED_BYTES = 8 << 20
+
+_leaked: list[bytes] = []
+
+
+@cache
+def engine() -> Engine:
+    """The database of `querying`, one engine for each process."""
+    return create_engine(os.environ["BENCH_DATABASE_URL"])
 
 
 def make_app(broker_url: str, kind: str, store_url: str | None = None) -> Celery:
     """
-    An app with tasks that do nothing, or raise.
+    An app with tasks that do nothing, raise, use a session, or leak memory.
 
     Args:
         broker_url: Of a private server.
@@ -43,9 +57,16 @@ def make_app(broker_url: str, kind: str, store_url: str | None = None) -> Celery
     def failing() -> None:
         raise ValueError("always")
 
+    def querying() -> None:
+        with Session(engine()) as session, session.begin():
+            session.execute(text("SELECT 1"))
+
+    def leaking() -> None:
+        _leaked.append(os.urandom(LEAKED_BYTES))
+
     task: Any = app.task
-    task(base=base, name="nothing", shared=False)(nothing)
-    task(base=base, name="failing", shared=False)(failing)
+    for body in (nothing, failing, querying, leaking):
+        task(base=base, name=body.__name__, shared=False)(body)
     return app
 
 

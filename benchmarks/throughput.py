@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,28 @@ class Side:
         server: The broker, Redis or RabbitMQ, of both.
         folder: For the worker's log and the store.
         flags: Of the worker, besides the usual ones.
+        concurrency: Children of the worker.
+        module: Of the worker's app; it has a task of the same name as the one sent.
+        environment: Of the worker, besides the usual one.
     """
 
     def __init__(
-        self, kind: str, server: services.Service, folder: Path, *flags: str
+        self,
+        kind: str,
+        server: services.Service,
+        folder: Path,
+        *flags: str,
+        concurrency: int = 2,
+        module: str = "benchmarks.fleet",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
         self.app: Celery = make_app(server.url, kind)
         self._queues: RedisQueues | AmqpQueues = (
             RedisQueues(server) if server.name == "redis" else AmqpQueues(self.app)
         )
-        self._flags = flags
+        self._module = module
+        self._flags = ("--concurrency", str(concurrency), *flags)
         self._sent = 0
         self._log = folder / f"{kind}.log"
         self._environment = {
@@ -71,6 +82,7 @@ class Side:
             "BENCH_BROKER_URL": server.url,
             "BENCH_STORE_URL": f"sqlite:///{folder}/failed.sqlite3",
             "C_FORCE_ROOT": "1",
+            **(environment or {}),
         }
 
     @contextlib.contextmanager
@@ -79,8 +91,8 @@ class Side:
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "celery", "-A", "benchmarks.fleet"),
-                    *("worker", "--concurrency", "2", "--loglevel", "WARNING"),
+                    *(sys.executable, "-m", "celery", "-A", self._module),
+                    *("worker", "--loglevel", "WARNING"),
                     *("--hostname", f"{self.kind}@bench", "--without-gossip"),
                     *("--without-mingle", "--without-heartbeat", *self._flags),
                 ],
@@ -107,7 +119,7 @@ class Side:
         with self.app.connection_for_write() as connection:
             producer = self.app.amqp.Producer(connection)
             for task in tasks:
-                self.app.tasks[task].apply_async(producer=producer)
+                self.app.send_task(task, producer=producer)
         services.wait_for(
             lambda: self._queues.waiting(self.kind) == len(tasks),
             START_TIMEOUT_S,
@@ -121,6 +133,12 @@ class Side:
         self._consume(False)
         self._queues.empty(FAILED_QUEUE)
         return len(tasks) / seconds
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of the worker's pool."""
+        inspect: Any = self.app.control.inspect(timeout=5, limit=1)
+        (stats,) = inspect.stats().values()
+        return [psutil.Process(pid) for pid in stats["pool"]["processes"]]
 
     def processor_s(self) -> tuple[float, float]:
         """Seconds of the collector, and of all other processes of the worker."""
