@@ -177,6 +177,14 @@ class TooManyCrashes(ResilienceError):
         return type(self), (str(self), self.runs)
 
 
+class MessageTooLarge(ResilienceError, ValueError):
+    """A message has more bytes than its task's `max_message_kib`; it was not sent."""
+
+
+class NotSerializable(ResilienceError, TypeError):
+    """Arguments would not arrive as they are; their message was not sent."""
+
+
 class NoKey(ResilienceError, TypeError):
     """No idempotency key can be made of these arguments."""
 

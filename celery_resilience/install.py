@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.idempotency.task import KeyGuard
+    from celery_resilience.messages.send import MessageGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -177,6 +178,13 @@ class Installation:
             app_dir=self.app_dir,
             broker_tls=conf.broker_use_ssl,
         )
+
+    @cached_property
+    def message_guard(self) -> MessageGuard:
+        """Measures the messages that this process sends."""
+        from celery_resilience.messages.send import MessageGuard
+
+        return MessageGuard()
 
     @cached_property
     def streams(self) -> Streams:

@@ -86,6 +86,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             that takes the arguments, looks, and returns whether the effect happened.
         unique_enqueue: A second send while the first waits is not sent, and returns
             the first one's AsyncResult.
+        max_message_kib: More KiB of arguments and canvas, encoded and not compressed, are
+            refused where they are sent, and so are arguments that would not arrive as
+            they are. None: none is refused, and above 256 is warned of.
     """
 
     abstract = True
@@ -100,6 +103,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     if_done: IfDone = "return_saved"
     if_interrupted: IfInterrupted = "rerun"
     unique_enqueue: bool = False
+    max_message_kib: float | None = None
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
@@ -345,6 +349,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         Raises:
             NoKey: No key can be made of these arguments.
+            MessageTooLarge: The message has more than `max_message_kib`.
+            NotSerializable: With `max_message_kib`: arguments would not arrive as they
+                are.
         """
         if task_id is not None:
             options["task_id"] = task_id
@@ -352,24 +359,31 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             # By their names, as a base class of the app's own may take them.
             options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
-        publish = super().apply_async
         if (
-            keys is None
-            or installation is None
+            installation is None
             or not installation.settings.enabled
             or self.app.conf.task_always_eager
         ):
-            return publish(args, kwargs, **options)
+            return super().apply_async(args, kwargs, **options)
+        if keys is None:
+            return self._publish(args, kwargs, **options)
         request = self.request_stack.top
         is_own = request is not None and task_id is not None and task_id == request.id
         return installation.key_sender.send(
             self,
             keys,
-            publish,
+            self._publish,
             args,
             kwargs,
             options,
             own=vars(request).get(KEYED_RUN) if is_own else None,
+        )
+
+    def _publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Celery's `apply_async`, of a message that is measured."""
+        assert self._installation is not None
+        return self._installation.message_guard.publish(
+            self, super().apply_async, args, kwargs, options
         )
 
     @property

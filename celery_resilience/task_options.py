@@ -32,10 +32,15 @@ class TaskOptions(TypedDict, total=False):
     if_done: IfDone
     if_interrupted: IfInterrupted
     unique_enqueue: bool
+    max_message_kib: float | None
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _is_names(value: Any) -> bool:
@@ -56,6 +61,10 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _is_count(value),
         "a whole number from 1, or None",
     ),
+    "max_message_kib": (
+        lambda value: value is None or _is_positive(value),
+        "a number of KiB above 0, or None",
+    ),
 }
 
 #: Options of the public contract whose feature this release does not have.
@@ -64,7 +73,6 @@ NOT_IN_THIS_RELEASE = (
     "circuit",
     "if_circuit_open",
     "memory_limit_mib",
-    "max_message_kib",
 )
 
 

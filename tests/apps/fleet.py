@@ -105,6 +105,16 @@ def _register(app: Celery, base: Any) -> None:
         started(self)
         return value
 
+    @task(name="small", max_message_kib=16)
+    def small(self: Any, value: Any = None) -> None:
+        started(self)
+        note("value", self.request.id, value)
+
+    @task(name="small_retry", max_message_kib=16)
+    def small_retry(self: Any, value: Any = None) -> None:
+        started(self)
+        raise self.retry(args=("x" * 20_000,), countdown=0)
+
     @task(name="add")
     def add(self: Any, x: int, y: int) -> int:
         started(self)

@@ -1,0 +1,183 @@
+"""Messages are measured as they are encoded, which happens once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery_resilience.errors import (
+    ConfigurationError,
+    MessageTooLarge,
+    NotSerializable,
+)
+from celery_resilience.events import emit
+from celery_resilience.messages.arguments import changed_keys, culprit
+from celery_resilience.serialization import serialized
+
+logger = logging.getLogger("celery_resilience.messages")
+
+#: Where a task has no limit, more is warned of, once for each task and process.
+WARN_ABOVE_KIB = 256.0
+
+KIB = 1024
+
+
+class MessageGuard:
+    """Looks at the messages that a process sends."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def publish(
+        self,
+        task: Any,
+        publish: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """
+        Send a message, unless it must not be sent.
+
+        Args:
+            task: The task, with its `max_message_kib`.
+            publish: Celery's `apply_async`.
+            options: Its keywords.
+
+        Raises:
+            MessageTooLarge: Nothing was sent.
+            NotSerializable: Nothing was sent.
+            ConfigurationError: The broker would not tell that it refuses a message.
+        """
+        with task.app.producer_or_acquire(options.pop("producer", None)) as producer:
+            if task.max_message_kib is not None:
+                _check_confirms(task, producer)
+            measured = MeasuredProducer(producer, task, self)
+            return publish(args, kwargs, producer=measured, **options)
+
+    def check_size(self, task: Any, body: Any, serializer: str, size: int) -> None:
+        """
+        Look at an encoded message.
+
+        Raises:
+            MessageTooLarge: It has more bytes than its task's limit.
+        """
+        limit_kib = task.max_message_kib
+        if size <= (WARN_ABOVE_KIB if limit_kib is None else limit_kib) * KIB:
+            return
+        told = (
+            f"the message of {task.name} has {size / KIB:,.0f} KiB"
+            f"{_shares(body, serializer)}"
+        )
+        if limit_kib is None:
+            if task.name not in self._warned:
+                self._warned.add(task.name)
+                logger.warning(
+                    "%s: every worker that takes it stands still meanwhile. Pass a key "
+                    "to what is stored elsewhere; max_message_kib refuses or allows it "
+                    "(told once)",
+                    told,
+                )
+            return
+        emit("messages.refused", task=task.name, bytes=size)
+        raise MessageTooLarge(
+            f"{told}, and its max_message_kib is {limit_kib:g}: pass a key to what is "
+            "stored elsewhere"
+        )
+
+
+class MeasuredProducer:
+    """
+    kombu's Producer, which encodes here and tells how large that is.
+
+    Args:
+        producer: The Producer.
+        task: Whose messages it sends.
+        guard: What is told of each.
+    """
+
+    def __init__(self, producer: Any, task: Any, guard: MessageGuard) -> None:
+        self._producer = producer
+        self._task = task
+        self._guard = guard
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """
+        Send *body*, encoded once.
+
+        Raises:
+            MessageTooLarge: It is not sent.
+            NotSerializable: It is not sent.
+        """
+        serializer = options.pop("serializer", None)
+        if serializer is None or options.get("content_type"):
+            return self._producer.publish(body, serializer=serializer, **options)
+        strict = self._task.max_message_kib is not None
+        if strict and (why := changed_keys(*_arguments(body), serializer)):
+            raise NotSerializable(f"{self._task.name}: {why}")
+        try:
+            kind, encoding, data = serialized(body, serializer)
+        except Exception as exc:
+            if not strict:
+                raise
+            args, kwargs = _arguments(body)
+            why = culprit(args, kwargs, lambda value: _can_be_sent(value, serializer))
+            raise NotSerializable(
+                f"{self._task.name}: the serializer {serializer!r} does not take its "
+                f"arguments: {why or exc}"
+            ) from exc
+        self._guard.check_size(self._task, body, serializer, len(data))
+        return self._producer.publish(
+            data, content_type=kind, content_encoding=encoding, **options
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+
+def _check_confirms(task: Any, producer: Any) -> None:
+    connection = producer.connection
+    if connection.transport.driver_type == "amqp" and not (
+        connection.transport_options.get("confirm_publish")
+    ):
+        raise ConfigurationError(
+            f"task {task.name} has max_message_kib, and the broker would not tell which "
+            "message it refuses: set broker_transport_options = "
+            '{"confirm_publish": True}'
+        )
+
+
+def _arguments(body: Any) -> tuple[Any, Any]:
+    """Of a message of either of Celery's protocols."""
+    if isinstance(body, dict):
+        return body.get("args"), body.get("kwargs")
+    return body[0], body[1]
+
+
+def _can_be_sent(value: Any, serializer: str) -> bool:
+    try:
+        serialized(value, serializer)
+    except Exception:
+        return False
+    return True
+
+
+def _shares(body: Any, serializer: str) -> str:
+    """What the most of it is: an argument, or what follows in a canvas."""
+    args, kwargs = _arguments(body)
+    sizes = [
+        (len(serialized(value, serializer)[2]), name)
+        for name, value in [
+            *((f"args[{n}]", value) for n, value in enumerate(args or ())),
+            *(kwargs or {}).items(),
+        ]
+    ]
+    told = ""
+    if sizes:
+        size, name = max(sizes)
+        told = f", {size / KIB:,.0f} of them {name}"
+    if isinstance(body, dict):
+        return told
+    follows = len(serialized(body[2], serializer)[2]) / KIB
+    return told + (f", and {follows:,.0f} the canvas after it" if follows >= 1 else "")
