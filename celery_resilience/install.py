@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.idempotency.task import KeyGuard
-    from celery_resilience.messages.send import MessageGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -180,11 +180,11 @@ class Installation:
         )
 
     @cached_property
-    def message_guard(self) -> MessageGuard:
-        """Measures the messages that this process sends."""
-        from celery_resilience.messages.send import MessageGuard
+    def send_guarded(self) -> Callable[..., Any]:
+        """Sends the messages of tasks with `max_message_kib`."""
+        from celery_resilience.messages.send import guarded
 
-        return MessageGuard()
+        return guarded
 
     @cached_property
     def streams(self) -> Streams:

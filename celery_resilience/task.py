@@ -88,7 +88,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             the first one's AsyncResult.
         max_message_kib: More KiB of arguments and canvas, encoded and not compressed, are
             refused where they are sent, and so are arguments that would not arrive as
-            they are. None: none is refused, and above 256 is warned of.
+            they are. None: none is refused, and a worker warns of more than 256.
     """
 
     abstract = True
@@ -359,30 +359,35 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             # By their names, as a base class of the app's own may take them.
             options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
+        publish: Any = super().apply_async
+        has_limit = self.max_message_kib is not None
         if (
-            installation is None
+            (keys is None and not has_limit)
+            or installation is None
             or not installation.settings.enabled
             or self.app.conf.task_always_eager
         ):
-            return super().apply_async(args, kwargs, **options)
+            return publish(args, kwargs, **options)
+        if has_limit:
+            publish = self._publish_guarded
         if keys is None:
-            return self._publish(args, kwargs, **options)
+            return publish(args, kwargs, **options)
         request = self.request_stack.top
         is_own = request is not None and task_id is not None and task_id == request.id
         return installation.key_sender.send(
             self,
             keys,
-            self._publish,
+            publish,
             args,
             kwargs,
             options,
             own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
-    def _publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+    def _publish_guarded(self, args: Any, kwargs: Any, **options: Any) -> Any:
         """Celery's `apply_async`, of a message that is measured."""
         assert self._installation is not None
-        return self._installation.message_guard.publish(
+        return self._installation.send_guarded(
             self, super().apply_async, args, kwargs, options
         )
 

@@ -33,6 +33,7 @@ from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
@@ -173,6 +174,7 @@ class WorkerSetup:
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
         )
         FailureLog(installation.settings.log_format).attach()
+        LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
         log = WorkerLog(self.deliveries, self.start_line)
         warnings = WorkerWarnings(installation)
@@ -229,6 +231,10 @@ class WorkerSetup:
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)
         return task.failed_queue if isinstance(task, ResilientTask) else None
+
+    def _has_message_limit(self, task_name: str) -> bool:
+        task = self.app.tasks.get(task_name)
+        return isinstance(task, ResilientTask) and task.max_message_kib is not None
 
     def _has_key(self, task_name: str) -> bool:
         task = self.app.tasks.get(task_name)

@@ -31,6 +31,9 @@ from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
 
+#: The bodies of larger messages hold the main process up while they are decoded.
+LARGE_BYTES = 256 * 1024
+
 
 if TYPE_CHECKING:
     CeleryConsumer: TypeAlias = Any
@@ -88,6 +91,12 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> Any:
+            if message.body and len(message.body) > LARGE_BYTES:
+                emit(
+                    "delivery.large_message_received",
+                    task=_announced_name(message),
+                    bytes=len(message.body),
+                )
             try:
                 return handle(message)
             except Exception as exc:
@@ -260,6 +269,13 @@ def build_consumer_class(base: type[Any], **attributes: Any) -> type[Any]:
 def _task_name(message: Any) -> Any:
     headers = message.headers or {}
     return headers["task"] if "task" in headers else message.payload.get("task")
+
+
+def _announced_name(message: Any) -> str:
+    """The task that a message's headers name, without decoding its body."""
+    headers = message.headers
+    name = headers.get("task") if isinstance(headers, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _reject(message: Any) -> None:

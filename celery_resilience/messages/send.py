@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,76 +14,33 @@ from celery_resilience.events import emit
 from celery_resilience.messages.arguments import changed_keys, culprit
 from celery_resilience.serialization import serialized
 
-logger = logging.getLogger("celery_resilience.messages")
-
-#: Where a task has no limit, more is warned of, once for each task and process.
-WARN_ABOVE_KIB = 256.0
-
 KIB = 1024
 
 
-class MessageGuard:
-    """Looks at the messages that a process sends."""
+def guarded(
+    task: Any,
+    publish: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    options: dict[str, Any],
+) -> Any:
+    """
+    Send a message of a task with `max_message_kib`, unless it must not be sent.
 
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
+    Args:
+        task: The task.
+        publish: Celery's `apply_async`.
+        options: Its keywords.
 
-    def publish(
-        self,
-        task: Any,
-        publish: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        options: dict[str, Any],
-    ) -> Any:
-        """
-        Send a message, unless it must not be sent.
-
-        Args:
-            task: The task, with its `max_message_kib`.
-            publish: Celery's `apply_async`.
-            options: Its keywords.
-
-        Raises:
-            MessageTooLarge: Nothing was sent.
-            NotSerializable: Nothing was sent.
-            ConfigurationError: The broker would not tell that it refuses a message.
-        """
-        with task.app.producer_or_acquire(options.pop("producer", None)) as producer:
-            if task.max_message_kib is not None:
-                _check_confirms(task, producer)
-            measured = MeasuredProducer(producer, task, self)
-            return publish(args, kwargs, producer=measured, **options)
-
-    def check_size(self, task: Any, body: Any, serializer: str, size: int) -> None:
-        """
-        Look at an encoded message.
-
-        Raises:
-            MessageTooLarge: It has more bytes than its task's limit.
-        """
-        limit_kib = task.max_message_kib
-        if size <= (WARN_ABOVE_KIB if limit_kib is None else limit_kib) * KIB:
-            return
-        told = (
-            f"the message of {task.name} has {size / KIB:,.0f} KiB"
-            f"{_shares(body, serializer)}"
-        )
-        if limit_kib is None:
-            if task.name not in self._warned:
-                self._warned.add(task.name)
-                logger.warning(
-                    "%s: every worker that takes it stands still meanwhile. Pass a key "
-                    "to what is stored elsewhere; max_message_kib refuses or allows it "
-                    "(told once)",
-                    told,
-                )
-            return
-        emit("messages.refused", task=task.name, bytes=size)
-        raise MessageTooLarge(
-            f"{told}, and its max_message_kib is {limit_kib:g}: pass a key to what is "
-            "stored elsewhere"
-        )
+    Raises:
+        MessageTooLarge: Nothing was sent.
+        NotSerializable: Nothing was sent.
+        ConfigurationError: The broker would not tell that it refuses a message.
+    """
+    with task.app.producer_or_acquire(options.pop("producer", None)) as producer:
+        _check_confirms(task, producer)
+        measured = MeasuredProducer(producer, task)
+        return publish(args, kwargs, producer=measured, **options)
 
 
 class MeasuredProducer:
@@ -94,13 +50,11 @@ class MeasuredProducer:
     Args:
         producer: The Producer.
         task: Whose messages it sends.
-        guard: What is told of each.
     """
 
-    def __init__(self, producer: Any, task: Any, guard: MessageGuard) -> None:
+    def __init__(self, producer: Any, task: Any) -> None:
         self._producer = producer
         self._task = task
-        self._guard = guard
 
     def publish(self, body: Any, **options: Any) -> Any:
         """
@@ -113,24 +67,31 @@ class MeasuredProducer:
         serializer = options.pop("serializer", None)
         if serializer is None or options.get("content_type"):
             return self._producer.publish(body, serializer=serializer, **options)
-        strict = self._task.max_message_kib is not None
-        if strict and (why := changed_keys(*_arguments(body), serializer)):
+        args, kwargs = _arguments(body)
+        if why := changed_keys(args, kwargs, serializer):
             raise NotSerializable(f"{self._task.name}: {why}")
         try:
             kind, encoding, data = serialized(body, serializer)
         except Exception as exc:
-            if not strict:
-                raise
-            args, kwargs = _arguments(body)
             why = culprit(args, kwargs, lambda value: _can_be_sent(value, serializer))
             raise NotSerializable(
                 f"{self._task.name}: the serializer {serializer!r} does not take its "
                 f"arguments: {why or exc}"
             ) from exc
-        self._guard.check_size(self._task, body, serializer, len(data))
+        self._check_size(body, serializer, len(data))
         return self._producer.publish(
             data, content_type=kind, content_encoding=encoding, **options
         )
+
+    def _check_size(self, body: Any, serializer: str, size: int) -> None:
+        name, limit_kib = self._task.name, self._task.max_message_kib
+        if size > limit_kib * KIB:
+            emit("messages.refused", task=name, bytes=size)
+            raise MessageTooLarge(
+                f"the message of {name} has {size / KIB:,.0f} KiB"
+                f"{_shares(body, serializer)}, and its max_message_kib is "
+                f"{limit_kib:g}: pass a key to what is stored elsewhere"
+            )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)

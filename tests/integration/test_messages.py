@@ -97,6 +97,21 @@ def test_rabbitmq_has_to_confirm(make_fleet: FleetMaker) -> None:
     fleet.send("ok", 1)
 
 
+def test_a_worker_warns_of_large_messages_without_a_limit(
+    make_fleet: FleetMaker,
+) -> None:
+    """Whoever has sent them; once for each task."""
+    fleet = make_fleet("redis")
+    sent = [fleet.send("ok", "x" * size).id for size in (300_000, 300_000, 200_000)]
+    sent.append(fleet.app.send_task("small", ("x" * 400_000,)).id)
+
+    worker = fleet.worker(concurrency=1)
+    ended(fleet, *sent)
+
+    assert worker.text.count("a message of ok has 293 KiB") == 1
+    assert "a message of small" not in worker.text
+
+
 def test_plain_celery_takes_all(make_fleet: FleetMaker, tmp_path: Path) -> None:
     """The tests above would see it."""
     fleet = make_fleet("redis", is_plain=True)

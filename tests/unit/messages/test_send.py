@@ -16,7 +16,6 @@ from celery_resilience.errors import (
     NotSerializable,
 )
 from celery_resilience.messages import send
-from celery_resilience.messages.send import MessageGuard
 
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -40,17 +39,16 @@ class Producer:
         return "revived"
 
 
-def task_with(limit_kib: float | None, name: str = "shop.pack") -> Any:
+def task_with(limit_kib: float) -> Any:
     """A task of an app that has no pool of producers."""
     app = SimpleNamespace(producer_or_acquire=contextlib.nullcontext)
-    return SimpleNamespace(name=name, max_message_kib=limit_kib, app=app)
+    return SimpleNamespace(name="shop.pack", max_message_kib=limit_kib, app=app)
 
 
 def publish(
     task: Any,
     producer: Any,
     *args: Any,
-    guard: MessageGuard | None = None,
     embed: dict[str, Any] | None = None,
     serializer: str | None = "json",
     **more: Any,
@@ -62,7 +60,7 @@ def publish(
         return producer.publish(body, serializer=serializer, priority=3, **options)
 
     options = {"producer": producer, **more}
-    return (guard or MessageGuard()).publish(task, apply_async, args, {}, options)
+    return send.guarded(task, apply_async, args, {}, options)
 
 
 def test_it_is_sent_as_it_would_have_been_and_encoded_once(
@@ -96,16 +94,14 @@ def test_what_is_not_ours_to_encode_is_passed_on() -> None:
     producer = Producer()
     options = {"content_type": "text/plain", "serializer": None}
 
-    send.MeasuredProducer(producer, task_with(1), MessageGuard()).publish(
-        "x", **options
-    )
+    send.MeasuredProducer(producer, task_with(1)).publish("x", **options)
 
     assert producer.published == [("x", options)]
 
 
 def test_the_rest_of_a_producer_is_there() -> None:
     """Celery revives it where it tries again."""
-    measured = send.MeasuredProducer(Producer(), task_with(1), MessageGuard())
+    measured = send.MeasuredProducer(Producer(), task_with(1))
 
     assert measured.revive() == "revived"
 
@@ -143,38 +139,16 @@ def test_a_message_of_just_the_limit_is_sent() -> None:
     assert len(producer.published) == 1
 
 
-def test_without_a_limit_it_is_sent_and_warned_of_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Above 256 KiB, for each task."""
-    producer, guard = Producer(), MessageGuard()
-    for name in ("a", "a", "b"):
-        publish(task_with(None, name), producer, "x" * 300_000, guard=guard)
-    publish(task_with(None, "c"), producer, "x" * 200_000, guard=guard)
-
-    assert len(producer.published) == 4
-    warned = [record.getMessage() for record in caplog.records]
-    assert [text.partition(" has ")[0] for text in warned] == [
-        "the message of a",
-        "the message of b",
-    ]
-    assert "293 KiB, 293 of them args[0]" in warned[0]
-
-
 def test_arguments_that_would_not_arrive_are_refused() -> None:
-    """With a limit; without one it is as Celery has it."""
+    """With what to pass instead."""
     producer = Producer()
 
     with pytest.raises(NotSerializable, match=r"shop.pack: .*args\[0\]\['a'\] is set"):
         publish(task_with(1), producer, {"a": {1}})
     with pytest.raises(NotSerializable, match=r"args\[0\] has the key 7"):
         publish(task_with(1), producer, {7: 1})
-    with pytest.raises(Exception, match="set is not JSON serializable") as raised:
-        publish(task_with(None), producer, {"a": {1}})
-    publish(task_with(None), producer, {7: 1})
 
-    assert not isinstance(raised.value, NotSerializable)
-    assert len(producer.published) == 1
+    assert producer.published == []
 
 
 def test_amqp_without_confirms_is_refused() -> None:
@@ -185,6 +159,3 @@ def test_amqp_without_confirms_is_refused() -> None:
     for producer in (Producer("amqp", confirm_publish=True), Producer("redis")):
         publish(task_with(1), producer, 1)
         assert len(producer.published) == 1
-    unlimited = Producer("amqp")
-    publish(task_with(None), unlimited, 1)
-    assert len(unlimited.published) == 1
