@@ -175,7 +175,7 @@ def test_a_late_answer_is_not_the_next_calls(
     """A connection on which an answer may come yet is not used again."""
     server, proxy = proxied
     proxy.slow_down(0.8)
-    with pytest.raises(StoreUnavailable, match="[Tt]imeout"):
+    with pytest.raises(StoreUnavailable, match=r"[Tt]imeout"):
         echo(server, "late")
     proxy.slow_down(0.0)
 
@@ -276,7 +276,8 @@ def test_a_forked_child_has_connections_of_its_own(
     child = fork.Process(target=in_child)
     child.start()
     own = [echo(server, f"parent {n}") for n in range(20)]
-    answers = reader.recv()
+    answers = reader.recv() if reader.poll(10) else "none"
+    child.kill()
     child.join()
 
     assert own == [f"parent {n}" for n in range(20)]
