@@ -101,9 +101,11 @@ class RedisScripts:
                 self._pool.release(connection)
 
     def close(self) -> None:
-        """Give the idle connections back to the pool."""
+        """Close the idle connections, and give them back to the pool."""
         while self._idle:
-            self._pool.release(self._idle.pop())
+            connection = self._idle.pop()
+            connection.disconnect()
+            self._pool.release(connection)
 
     def _is_usable(self, connection: Any) -> bool:
         """Whether the server still holds a connection, and has said nothing on it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +27,25 @@ SOURCES = {
     "echo": "redis.call('RPUSH', KEYS[1], ARGV[1]) return {ARGV[1], #ARGV}",
     "refuse": "return redis.error_reply('ERR ' .. ARGV[1])",
 }
+
+IN_GREEN_THREADS = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+from gevent.pool import Pool
+from celery_resilience.stores import redis
+redis._source = lambda *_: "return {ARGV[1]}"
+server = redis.RedisServer(sys.argv[1], "green")
+
+def work(number):
+    for n in range(20):
+        word = f"{number}-{n}"
+        if server.run("room", "echo", word) != [word.encode()]:
+            return False
+    return True
+
+print("right" if all(list(Pool(30).imap(work, range(30)))) else "wrong")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +332,19 @@ def test_threads_have_their_own_answers(
     assert len(set(told(server))) == 2 * KEPT * 50
     runner: Any = server._runner
     assert 1 <= len(runner._idle) <= KEPT
+
+
+def test_green_threads_have_their_own_answers(service: Service) -> None:
+    """A switch comes wherever one waits for Redis."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", IN_GREEN_THREADS, service.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+    assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
