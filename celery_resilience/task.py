@@ -372,8 +372,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             publish = self._publish_guarded
         if keys is None:
             return publish(args, kwargs, **options)
-        request = self.request_stack.top
-        is_own = request is not None and task_id is not None and task_id == request.id
+        request = None if task_id is None else self.request_stack.top
+        is_own = request is not None and task_id == request.id
         return installation.key_sender.send(
             self,
             keys,

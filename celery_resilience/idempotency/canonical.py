@@ -29,7 +29,7 @@ def canonical(value: Any) -> str:
         NoCanonicalForm: The message names the type, and never the value.
     """
     parts: list[str] = []
-    _write(value, parts)
+    write(value, parts)
     return "".join(parts)
 
 
@@ -51,7 +51,8 @@ def is_stable(value: Any) -> bool:
 _STABLE = frozenset({str, int, bool, type(None)})
 
 
-def _write(value: Any, parts: list[str]) -> None:
+def write(value: Any, parts: list[str]) -> None:
+    """Add the canonical text of *value*, as `canonical` has it, to *parts*."""
     kind = type(value)
     if kind is str:
         parts.append(f"s{len(value)}:{value}")
@@ -64,7 +65,7 @@ def _write(value: Any, parts: list[str]) -> None:
     elif kind is list or kind is tuple:
         parts.append(f"l{len(value)}:")
         for item in value:
-            _write(item, parts)
+            write(item, parts)
     elif kind is dict:
         _write_dict(value, parts)
     else:
@@ -75,7 +76,7 @@ def _write_dict(value: Mapping[Any, Any], parts: list[str]) -> None:
     parts.append(f"m{len(value)}:")
     for key, item in sorted((canonical(k), v) for k, v in value.items()):
         parts.append(key)
-        _write(item, parts)
+        write(item, parts)
 
 
 def _write_other(value: Any, parts: list[str]) -> None:
@@ -107,13 +108,13 @@ def _write_other(value: Any, parts: list[str]) -> None:
     elif isinstance(value, set | frozenset):
         _write_texts("S", sorted(map(canonical, value)), parts)
     elif isinstance(value, str):
-        _write(str.__str__(value), parts)
+        write(str.__str__(value), parts)
     elif isinstance(value, int):
-        _write(int(value), parts)
+        write(int(value), parts)
     elif isinstance(value, Mapping):
         _write_dict(value, parts)
     elif isinstance(value, list | tuple):
-        _write(list(value), parts)
+        write(list(value), parts)
     else:
         raise NoCanonicalForm(f"a {type(value).__qualname__}")
 

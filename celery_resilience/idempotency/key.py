@@ -11,12 +11,11 @@ import json
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery_resilience.errors import ConfigurationError, NoKey
-from celery_resilience.idempotency.canonical import NoCanonicalForm, canonical
+from celery_resilience.idempotency.canonical import NoCanonicalForm, canonical, write
 from celery_resilience.redaction import storable
 
 #: Characters of a key's name: what a store keeps, and what most providers take.
@@ -38,12 +37,14 @@ _MANY = (Mapping, list, tuple, set, frozenset, bytes, bytearray)
 #: Words that stand for values of other types.
 _WORDS = frozenset({"null", "true", "false"})
 
+#: Types whose values are shown without more ado.
+_SIMPLE = frozenset({str, int, bool, type(None)})
+
 #: Changed when names or digests of the same call would change.
 _VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class MadeKey:
+class MadeKey(NamedTuple):
     """
     The key of one call.
 
@@ -91,6 +92,13 @@ class KeyMaker:
             (name, parameter.default)
             for name, parameter in parameters.parameters.items()
         ]
+        self._names = tuple(parameters.parameters)
+        #: How the canonical text of all arguments begins, and what is before each.
+        self._begin = f"m{len(self._simple)}:"
+        self._before = sorted(
+            ((name, canonical(name)) for name, _ in self._simple),
+            key=lambda pair: pair[1],
+        )
         self._parts: list[tuple[str, str | None]] = []
         self._is_plain = False
         if isinstance(spec, str):
@@ -122,7 +130,7 @@ class KeyMaker:
         """
         bound = self._bind(args, kwargs)
         try:
-            fingerprint = _digest(canonical(bound))
+            fingerprint = _digest(self._text(bound))
         except NoCanonicalForm:
             fingerprint = ""
         name = self._name_of(bound, fingerprint, args, kwargs)
@@ -132,11 +140,23 @@ class KeyMaker:
             name = f"{storable(name)[:_KEPT]}…{_digest(name)}"
         return MadeKey(name, fingerprint)
 
+    def _text(self, bound: dict[str, Any]) -> str:
+        """`canonical(bound)`, which the names of the arguments take half of."""
+        if len(bound) != len(self._before):
+            return canonical(bound)
+        parts = [self._begin]
+        for name, before in self._before:
+            parts.append(before)
+            write(bound[name], parts)
+        return "".join(parts)
+
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if not self._binds_simply or len(args) > len(self._simple):
             found = self._signature.bind(*args, **kwargs)
             found.apply_defaults()
             return dict(found.arguments)
+        if not kwargs and len(args) == len(self._simple):
+            return dict(zip(self._names, args, strict=True))
         bound: dict[str, Any] = {}
         used = 0
         for position, (name, default) in enumerate(self._simple):
@@ -200,14 +220,15 @@ class KeyMaker:
     def _shown(self, name: str, value: Any) -> str:
         """One value in a name: no other value of any type is shown alike."""
         kind = type(value)
-        if isinstance(value, _MANY) or self._is_hidden(name):
+        is_simple = kind in _SIMPLE
+        if self._is_hidden(name) or (not is_simple and isinstance(value, _MANY)):
             return f"<#{_digest(self._canonical(name, value))}>"
         if kind is str:
             if self._is_plain and _PLAIN.fullmatch(value) and value not in _WORDS:
                 return str(value)
             return json.dumps(value, ensure_ascii=False)
-        if self._is_plain and (kind is int or kind is bool or value is None):
-            return json.dumps(value)
+        if self._is_plain and is_simple:
+            return str(value) if kind is int else json.dumps(value)
         return f"<{self._canonical(name, value)}>"
 
     def _canonical(self, name: str, value: Any) -> str:

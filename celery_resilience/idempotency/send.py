@@ -41,7 +41,7 @@ def sent_key(
     Raises:
         NoKey: No key can be made of them.
     """
-    if not (is_stable(args) and is_stable(kwargs)):
+    if not (is_stable(args) and (not kwargs or is_stable(kwargs))):
         args, kwargs = _as_received((list(args), dict(kwargs)), serializer)
     return received_key(maker, args, kwargs)
 
@@ -90,14 +90,14 @@ class KeySender:
             NoKey: No key can be made of these arguments.
         """
         headers = options.get("headers") or {}
-        marks = marks_of(headers)
+        marks = marks_of(headers) if headers else {}
         if own is not None and KEY in marks:
             with retrying(own, options.get("countdown"), options.get("eta")):
                 return publish(args, kwargs, **options)
         serializer = options.get("serializer") or task.serializer
         sent = _celery.sent_arguments(task, args, kwargs, serializer)
         made = sent_key(keys.maker, sent[0] or (), sent[1] or {}, serializer)
-        marks = {name: mark for name, mark in marks.items() if name != KEY}
+        marks.pop(KEY, None)
         if made is not None:
             marks[KEY] = [made.name, made.fingerprint]
         if marks or HEADER in headers:

@@ -10,13 +10,15 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from threading import Lock
 from typing import Any
 
 from celery_resilience.errors import MissingExtra, SchemaMismatch, StoreUnavailable
 from celery_resilience.redaction import without_password
+from celery_resilience.stores.redis_scripts import RedisScripts, script_of
 
 logger = logging.getLogger("celery_resilience.stores")
 
@@ -59,11 +61,14 @@ class RedisServer:
             "health_check_interval": health_check_s,
             **(tls or {}),
         }
+        self._is_cluster = url.startswith("redis+cluster:")
         self._tag = f"{{celery-resilience:{namespace}}}"
         self._client: Any = None
         #: What a client raises that has no answer; redis-py's too, once it is there.
         self._errors: tuple[type[Exception], ...] = (OSError,)
-        self._scripts: dict[tuple[str, str], Any] = {}
+        #: None in a cluster, where redis-py finds the node.
+        self._runner: RedisScripts | None = None
+        self._scripts: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {}
         self._ready: set[str] = set()
         self._pid = os.getpid()
         self._lock = Lock()
@@ -121,11 +126,21 @@ class RedisServer:
         try:
             found = self._scripts.get((room, script))
             if found is None:
-                found = client.register_script(_source(room, script))
+                found = self._script(client, room, script)
                 self._scripts[room, script] = found
-            return found(keys=[self.prefix(room)], args=words)
+            return found(words)
         except self._errors as exc:
             raise self._unavailable(exc) from exc
+
+    def _script(
+        self, client: Any, room: str, script: str
+    ) -> Callable[[tuple[Any, ...]], Any]:
+        """What runs a script with its arguments."""
+        source, prefix = _source(room, script), self.prefix(room)
+        if self._runner is not None:
+            return partial(self._runner.run, script_of(source, prefix))
+        registered = client.register_script(source)
+        return lambda words: registered(keys=[prefix], args=words)
 
     def read(self, keys: Sequence[str], names: Sequence[str]) -> list[list[Any]]:
         """The fields *names* of the hashes *keys*, in one round trip."""
@@ -154,11 +169,13 @@ class RedisServer:
     def close(self) -> None:
         """Close this process's connections."""
         if self._client is not None and self._pid == os.getpid():
-            if self._url.startswith("redis+cluster:"):
+            if self._runner is not None:
+                self._runner.close()
+            if self._is_cluster:
                 # Its close() leaves the pools of its nodes open (redis-py 8.1).
                 self._client.disconnect_connection_pools()
             self._client.close()
-            self._client = None
+            self._client = self._runner = None
             self._scripts = {}
 
     def _own_process(self) -> None:
@@ -166,7 +183,7 @@ class RedisServer:
         if self._pid != os.getpid():
             # The parent's lock may have been held as it forked.
             self._lock = Lock()
-            self._client = None
+            self._client = self._runner = None
             self._scripts = {}
             self._ready = set()
             self._pid = os.getpid()
@@ -178,7 +195,7 @@ class RedisServer:
         Raises:
             MissingExtra: redis-py is not installed.
         """
-        if self._url.partition("://")[0] != "redis+cluster":  # that one asks at once
+        if not self._is_cluster:  # that one asks at once
             self._open()
 
     def _open(self) -> Any:
@@ -186,7 +203,10 @@ class RedisServer:
         if self._client is None:
             with self._lock:
                 if self._client is None:
-                    self._client = self._make_client()
+                    client = self._make_client()
+                    if not self._is_cluster:
+                        self._runner = RedisScripts(client.connection_pool)
+                    self._client = client
         return self._client
 
     def _make_client(self) -> Any:
@@ -202,7 +222,7 @@ class RedisServer:
         # As Celery spells it; redis-py knows "required".
         rest = re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda m: m[0][5:].lower(), rest)
         try:
-            if kind == "redis+cluster":
+            if self._is_cluster:
                 return redis.RedisCluster.from_url(f"redis://{rest}", **options)
             # A command whose answer was lost may have been done: it is not repeated.
             options["retry"] = Retry(NoBackoff(), 0)

@@ -1,8 +1,8 @@
--- Take a key for one run. ARGV: a claim, in JSON.
+-- Take a key for one run. ARGV: a claim.
 -- Returns the verdict, the epoch, the state before, its owner, for how long it has the
--- key, and what is remembered.
+-- key, and what is remembered; of a key that was unknown the epoch alone.
 
-local claim = cjson.decode(ARGV[1])
+local claim = claim_of(ARGV[1])
 local hash = hash_of(claim.key)
 local state, owner, token, holder, fingerprint, epoch, lease_until, found = unpack(
   redis.call('HMGET', hash, 'state', 'owner', 'token', 'holder', 'fingerprint',
@@ -34,7 +34,8 @@ if is_free() then
     'name', claim.name, 'task', claim.task, 'result_bytes', 0)
   if state then redis.call('HDEL', hash, 'result') end
   forget_at(claim.key, lease_until + claim.keep_s)
-  return {'run', epoch, state or '', '', '0', false}
+  if not state then return epoch end
+  return {'run', epoch, state, '', '0', false}
 end
 if state == 'running' and token == claim.token then
   return {'run', tonumber(epoch), found, '', '0', false}

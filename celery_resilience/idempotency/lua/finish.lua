@@ -1,9 +1,9 @@
 -- Say what a run came to.
--- ARGV: its claim in JSON, the state, seconds for which the key waits for its owner,
+-- ARGV: its claim, the state, seconds for which the key waits for its owner,
 -- '1' where something is to be remembered, and that.
 -- Returns the owner of another run, which has the key now.
 
-local claim = cjson.decode(ARGV[1])
+local claim = claim_of(ARGV[1])
 local state, until_s, has_result, result = unpack(ARGV, 2, 5)
 local hash = hash_of(claim.key)
 local found = redis.call('HMGET', hash, 'token', 'owner')

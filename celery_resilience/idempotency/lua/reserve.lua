@@ -1,7 +1,7 @@
--- Reserve a key for a message. ARGV: a claim, in JSON.
+-- Reserve a key for a message. ARGV: a claim.
 -- Returns the owner of a message that waits already.
 
-local claim = cjson.decode(ARGV[1])
+local claim = claim_of(ARGV[1])
 local hash = hash_of(claim.key)
 local state, owner, fingerprint, lease_until, expires_at = unpack(
   redis.call('HMGET', hash, 'state', 'owner', 'fingerprint', 'lease_until', 'expires_at'))
