@@ -235,10 +235,9 @@ class Replayer:
 
 def _forced_once(claim: Claim, forced: set[tuple[str, str]]) -> Claim:
     """Of several records with one key, force the first: the others are duplicates."""
-    key = claim.original.marks.get(KEY)
-    if not claim.is_forced or key is None:
+    if not claim.is_forced or claim.key is None:
         return claim
-    name = (claim.task, key[0])
+    name = (claim.task, claim.key)
     if name in forced:
         return replace(claim, is_forced=False)
     forced.add(name)

@@ -132,6 +132,24 @@ def test_force_is_for_one_run(make_fleet: FleetMaker) -> None:
     assert len(fleet.notes("charged")) == 2
 
 
+def test_force_is_for_one_message_of_a_key_that_no_message_carries(
+    make_fleet: FleetMaker,
+) -> None:
+    """What was sent by name has the key that its worker made."""
+    fleet = fleet_of(make_fleet, "redis", "redis")
+    fleet.worker(concurrency=1)
+    arguments = ("charge_or_fail", (1, 10, "after"))
+    ids = [fleet.app.send_task(*arguments).id for _ in range(2)]
+    reasons = {fleet.record_of(task_id)["reason"] for task_id in ids}
+    assert reasons == {"interrupted"}
+
+    done = fleet.command("failed", "replay", "--all", "--force", "--yes", "--wait")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ends(fleet, *ids) == [{"order": 1, "amount": 10}] * 2
+    assert len(fleet.notes("charged")) == 2
+
+
 def test_a_duplicate_waits_for_no_retry_that_was_revoked(
     make_fleet: FleetMaker,
 ) -> None:
