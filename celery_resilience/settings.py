@@ -321,6 +321,12 @@ def read_settings(
     return Settings(**values)
 
 
+def is_enabled(conf: Mapping[str, Any], *, prefix: str = "") -> bool:
+    """Whether an app has us on, where its settings are not checked yet."""
+    _, value = _resilience_keys(conf, prefix).get("enabled", ("", True))
+    return value is not False
+
+
 def default_namespace(app_name: str | None) -> str:
     """The app's name without what a key, row or queue could not hold."""
     cleaned = re.sub(r"[^A-Za-z0-9_.:-]", "-", app_name or "")[:64]

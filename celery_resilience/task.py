@@ -28,6 +28,7 @@ from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, wrong_options
 
@@ -50,6 +51,9 @@ INHERITED_MARKS = ("replay", KEY)
 
 #: Those that another task inherits.
 INHERITED_BY_ANOTHER = ("replay",)
+
+#: Options that a task with a key has, unless it says otherwise.
+ASKED_BY_KEY = ("acks_late", "reject_on_worker_lost")
 
 #: What Celery's `apply_async` takes by position after the task's id.
 POSITIONAL = ("producer", "link", "link_error", "shadow")
@@ -106,14 +110,41 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     _base_has_a_call: ClassVar[bool] = True
     _keys: ClassVar[TaskKeys | None] = None
 
+    #: Options that are True because the task has a key.
+    asked_by_key: ClassVar[tuple[str, ...]] = ()
+
+    #: Those that the task itself leaves to the app.
+    _left_to_app: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def bind(cls, app: Any) -> Any:
         """Bind to *app*; a key asks that a message outlives its worker."""
-        if cls.idempotency_key is not None:
-            for name in ("acks_late", "reject_on_worker_lost"):
-                if getattr(cls, name) is None:
-                    setattr(cls, name, True)
+        if not cls.__bound__:
+            cls._left_to_app = tuple(
+                name for name in ASKED_BY_KEY if getattr(cls, name) is None
+            )
         return super().bind(app)
+
+    @classmethod
+    def annotate(cls) -> None:
+        """
+        Apply `task_annotations`, which may give the task a key.
+
+        Celery has filled in before this what the app says; without that, it is seen
+        what nobody says.
+        """
+        of_app = {name: getattr(cls, name) for name in cls._left_to_app}
+        for name in of_app:
+            setattr(cls, name, None)
+        super().annotate()
+        unsaid = [name for name in of_app if getattr(cls, name) is None]
+        conf = cls.app.conf
+        has_key = cls.idempotency_key is not None and is_enabled(
+            conf, prefix=getattr(conf, "prefix", None) or ""
+        )
+        cls.asked_by_key = tuple(unsaid) if has_key else ()
+        for name in unsaid:
+            setattr(cls, name, True if has_key else of_app[name])
 
     @classmethod
     def on_bound(cls, app: Any) -> None:

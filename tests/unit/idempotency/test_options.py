@@ -11,9 +11,10 @@ from celery import Celery
 from celery_resilience import ConfigurationError, ResilientTask
 
 
-def registered(**options: Any) -> Any:
+def registered(conf: dict[str, Any] | None = None, /, **options: Any) -> Any:
     """A task with these options, bound to an app."""
     app = Celery("shop", set_as_current=False, broker="memory://")
+    app.conf.update(conf or {})
     options.setdefault("idempotency_key", "charge:{order_id}")
 
     @app.task(base=ResilientTask, name="shop.charge", shared=False, **options)
@@ -29,6 +30,31 @@ def test_a_key_asks_that_a_message_outlives_its_worker() -> None:
     assert registered(acks_late=False).acks_late is False
     assert registered(reject_on_worker_lost=False).reject_on_worker_lost is False
     assert registered(idempotency_key=None).acks_late is False
+
+
+def test_a_key_that_comes_by_an_annotation_asks_for_the_same() -> None:
+    """Also where the app says something; but an annotation that does is heard."""
+    key = {"idempotency_key": "charge:{order_id}"}
+
+    def annotated(conf: dict[str, Any] | None = None, /, **more: Any) -> Any:
+        annotations = {"shop.charge": {**key, **more}}
+        conf = {"task_annotations": annotations, **(conf or {})}
+        return registered(conf, idempotency_key=None)
+
+    assert annotated().has_key
+    assert annotated().acks_late is True
+    assert annotated().reject_on_worker_lost is True
+    assert annotated({"task_acks_late": False}).acks_late is True
+    assert annotated(acks_late=False).acks_late is False
+    assert annotated({"task_acks_late": True}, acks_late=False).acks_late is False
+
+
+def test_where_we_are_off_a_key_asks_for_nothing() -> None:
+    """Plain Celery would deliver what kills its process for ever."""
+    task = registered({"resilience_enabled": False})
+
+    assert task.acks_late is False
+    assert task.reject_on_worker_lost is None
 
 
 @pytest.mark.parametrize(
