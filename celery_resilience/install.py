@@ -198,7 +198,7 @@ class Installation:
             names = (*task.redact, *self.settings.redact)
             return is_hidden(name, frozenset(map(str.lower, names)))
 
-        return task_keys(task, hides)
+        return task_keys(task, hides, task.own_options)
 
     @property
     def app_dir(self) -> Path:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.redaction import without_password
+from celery_resilience.task_options import TaskOptions
 
 PREFIX = "resilience_"
 
@@ -351,6 +352,8 @@ def _resilience_keys(
 
 
 def _unknown(key: str, name: str, known: list[str]) -> str:
+    if name in TaskOptions.__annotations__:
+        return f"{key} is no setting: {name} is an option of a task"
     near = difflib.get_close_matches(name, known, n=1)
     if not near:
         return f"unknown setting {key}"

@@ -30,7 +30,7 @@ from celery_resilience.redaction import safe_text
 from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
 from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
-from celery_resilience.task_options import Names, wrong_options
+from celery_resilience.task_options import Names, nearly_options, wrong_options
 
 if TYPE_CHECKING:
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
@@ -57,6 +57,15 @@ ASKED_BY_KEY = ("acks_late", "reject_on_worker_lost")
 
 #: What Celery's `apply_async` takes by position after the task's id.
 POSITIONAL = ("producer", "link", "link_error", "shadow")
+
+
+#: Options that Celery would take with a call, and nobody would read there.
+_ONLY_OF_TASKS = frozenset(
+    {
+        *("idempotency_key", "idempotency_keep_s", "idempotency_lease_s"),
+        *("if_running", "if_done", "if_interrupted", "unique_enqueue"),
+    }
+)
 
 
 class ResilientTask(Task):  # type: ignore[type-arg]
@@ -113,6 +122,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     #: Options that are True because the task has a key.
     asked_by_key: ClassVar[tuple[str, ...]] = ()
 
+    #: What the task itself says, and no base class or annotation.
+    own_options: ClassVar[frozenset[str]] = frozenset()
+
     #: Those that the task itself leaves to the app.
     _left_to_app: ClassVar[tuple[str, ...]] = ()
 
@@ -120,6 +132,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def bind(cls, app: Any) -> Any:
         """Bind to *app*; a key asks that a message outlives its worker."""
         if not cls.__bound__:
+            cls.own_options = frozenset(vars(cls))
             cls._left_to_app = tuple(
                 name for name in ASKED_BY_KEY if getattr(cls, name) is None
             )
@@ -138,7 +151,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             setattr(cls, name, None)
         super().annotate()
         unsaid = [name for name in of_app if getattr(cls, name) is None]
-        conf = cls.app.conf
+        app: Any = cls.app
+        conf = app.conf
         has_key = cls.idempotency_key is not None and is_enabled(
             conf, prefix=getattr(conf, "prefix", None) or ""
         )
@@ -376,7 +390,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         Raises:
             NoKey: No key can be made of these arguments.
+            ConfigurationError: An option is one of tasks, not of calls.
         """
+        if not _ONLY_OF_TASKS.isdisjoint(options):
+            raise ConfigurationError(
+                f"{', '.join(sorted(_ONLY_OF_TASKS & options.keys()))}: no option of a "
+                f"call; it is one of the task {self.name}, where it is registered"
+            )
         if task_id is not None:
             options["task_id"] = task_id
         if more:
@@ -530,6 +550,13 @@ def check_options(
     # Without asking for their values: a class property of Celery's binds the class.
     known = {name for base in ResilientTask.__mro__ for name in vars(base)}
     wrong = wrong_options(task, known)
+    for name, meant in nearly_options(task.own_options - known):
+        logger.warning(
+            "task %s has %s, which is none of our options: %s is",
+            task.name,
+            name,
+            meant,
+        )
     keys = None
     try:
         keys = installation.task_keys(task)

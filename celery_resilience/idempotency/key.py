@@ -274,6 +274,8 @@ def _parse(template: str, signature: inspect.Signature) -> list[tuple[str, str |
             literal = ""
     if literal:
         found.append((literal, None))
-    if not found:
-        raise ConfigurationError(f"{accepted}, got {template!r}")
+    if not found or (signature.parameters and all(name is None for _, name in found)):
+        raise ConfigurationError(
+            f"{accepted}; without one all calls are the same effect, got {template!r}"
+        )
     return found
