@@ -15,11 +15,15 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
 from celery_resilience.errors import (
+    AlreadyDone,
+    AlreadyRunning,
     ConfigurationError,
+    KeyMismatch,
     MissingExtra,
     Replaced,
     ResilienceError,
     RetryNotPublished,
+    RunInterrupted,
     Skip,
     TaskExited,
 )
@@ -45,6 +49,9 @@ EXHAUSTED = "_resilience_exhausted"
 
 #: Where a request remembers that another message reports how its replay ended.
 REPLACED = "_resilience_replaced"
+
+#: What a run is told that does not get its key.
+REFUSALS = (AlreadyDone, AlreadyRunning, KeyMismatch, RunInterrupted)
 
 #: Marks that a retry inherits: it belongs to the same replay, and has the same key.
 INHERITED_MARKS = ("replay", KEY)
@@ -316,7 +323,12 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         if call is None:
             return None
         vars(request)[KEY_NAME] = call.name
-        run = vars(request)[KEYED_RUN] = rooms.keys.begin(call)
+        try:
+            run = vars(request)[KEYED_RUN] = rooms.keys.begin(call)
+        except REFUSALS as refused:
+            # Their message says all; where in our code they are raised says nothing.
+            refused.__traceback__ = None
+            raise
         return run
 
     def _before_body(

@@ -308,7 +308,7 @@ class KeyGuard:
         if begun.verdict is Verdict.MISMATCH:
             raise KeyMismatch(
                 f"the key {call.name!r} of {call.task} belongs to a call with other "
-                "arguments"
+                f"arguments, of task {begun.owner}"
             )
         run = KeyedRun(self, claim, begun.epoch, stores_result=call.stores_result)
         self.heartbeat.add(claim)
