@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery import Celery, current_app, current_task, signals
 
-from celery_resilience import flags
+from celery_resilience import _celery, flags
 from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
@@ -448,15 +448,20 @@ def current_namespace() -> str:
     """
     The namespace of the app whose task runs here, or else of the current app.
 
+    A thread that has no current app has that of the process, where there is just one.
+
     Raises:
-        ConfigurationError: There is no app, or one of its settings is wrong.
+        ConfigurationError: There is no app, or it is not known which; or one of its
+            settings is wrong.
     """
     proxy: Any = current_app
     app: Any = current_task.app if current_task else proxy._get_current_object()
-    # Celery makes one of that kind for who asks before there is any.
-    if app.main == "default" and not app.set_as_current:
+    if _celery.is_made_for_asking(app):
+        app = _celery.only_app()
+    if app is None:
         raise ConfigurationError(
             "no Celery app is known here, whose namespace the key would have: import "
-            "the app, or give namespace="
+            "the app, call its set_default() where a process has several, for each "
+            "thread has a current app of its own, or give namespace="
         )
     return installed_or_new(app).settings.namespace

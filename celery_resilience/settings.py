@@ -142,7 +142,19 @@ STORES = {
 def _store_url(value: Any) -> str:
     if isinstance(value, str) and _is_store_url(value):
         return value
+    if isinstance(value, str) and (file := _with_two_slashes(value)):
+        raise _Refused(
+            f"written with three slashes, sqlite:///{file}, or four before an absolute "
+            "path"
+        )
     raise _Refused("one of " + ", ".join(STORES.values()))
+
+
+def _with_two_slashes(url: str) -> str:
+    """The file of a SQLite URL that has it in the place of a host; or ""."""
+    kind, _, rest = url.partition("://")
+    is_host = kind.split("+")[0] == "sqlite" and not rest.startswith(("/", ":", "?"))
+    return rest if is_host else ""
 
 
 def _is_store_url(url: str) -> bool:
@@ -154,6 +166,8 @@ def _is_store_url(url: str) -> bool:
     path = sqlite_path(url)
     if path is not None and path.name in ("", ":memory:"):
         return False  # each process would have one of its own
+    if _with_two_slashes(url):
+        return False
     return bool(sign) and (kind.split("+")[0] in STORES or kind == "rediss")
 
 

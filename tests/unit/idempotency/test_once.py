@@ -1087,7 +1087,9 @@ from celery import Celery
 from celery_resilience import Resilience, ResilientTask, once
 from celery_resilience.idempotency import once_table
 
-engine = create_engine("sqlite://", poolclass=StaticPool)
+engine = create_engine(
+    "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+)
 once_table.create(engine)
 
 def ask():
@@ -1123,6 +1125,33 @@ ask()
     assert "ConfigurationError no Celery app is known here" in printed[0]
     assert "give namespace=" in printed[0]
     assert printed[1:] == ["bank", "bank", "shop.eu", "bank"]
+
+
+def test_a_thread_has_the_namespace_of_the_only_app() -> None:
+    """Celery's current app is one of each thread; of several none is guessed."""
+    printed = run_python(
+        ASK
+        + """
+from threading import Thread
+
+def ask_in_a_thread():
+    thread = Thread(target=ask)
+    thread.start()
+    thread.join()
+
+shop = Celery("shop", broker="memory://")
+ask_in_a_thread()
+bank = Celery("bank", broker="memory://")
+ask_in_a_thread()
+bank.set_default()
+ask_in_a_thread()
+"""
+    ).splitlines()
+
+    assert printed[0] == "shop"
+    assert "set_default()" in printed[1]
+    assert "give namespace=" in printed[1]
+    assert printed[2] == "bank"
 
 
 def test_the_door_imports_no_library() -> None:
