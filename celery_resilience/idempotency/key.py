@@ -91,6 +91,10 @@ class KeyMaker:
             (name, parameter.default)
             for name, parameter in parameters.parameters.items()
         ]
+        self._defaults = {
+            name: (default, _text_of(default))
+            for name, default in map(_default_of, parameters.parameters.values())
+        }
         self._parts: list[tuple[str, str | None]] = []
         self._is_plain = False
         if isinstance(spec, str):
@@ -122,7 +126,7 @@ class KeyMaker:
         """
         bound = self._bind(args, kwargs)
         try:
-            fingerprint = _digest(canonical(bound))
+            fingerprint = _digest(canonical(self._said(bound)))
         except NoCanonicalForm:
             fingerprint = ""
         name = self._name_of(bound, fingerprint, args, kwargs)
@@ -153,12 +157,31 @@ class KeyMaker:
             raise TypeError("arguments that the task does not take, or takes once")
         return bound
 
+    def _said(self, bound: dict[str, Any]) -> dict[str, Any]:
+        """
+        The arguments that are not their parameter's default.
+
+        A parameter that is added with one, while messages wait, changes no call.
+        """
+        return {
+            name: value
+            for name, value in bound.items()
+            if not self._is_default(name, value)
+        }
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        default, text = self._defaults[name]
+        if value is default:
+            return True
+        return text is not None and canonical(value) == text
+
     def _from_arguments(
         self, bound: dict[str, Any], fingerprint: str, *_: Any
     ) -> str | None:
         if not fingerprint:
             for name, value in bound.items():
-                self._canonical(name, value)
+                if value is not self._defaults[name][0]:
+                    self._canonical(name, value)
         return f"{self._task}:{fingerprint}"
 
     def _from_template(self, bound: dict[str, Any], *_: Any) -> str | None:
@@ -236,6 +259,23 @@ def _prefix(namespace: str, task: str) -> str:
 def _digest(text: str) -> str:
     data = text.encode(errors="surrogatepass")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _default_of(parameter: inspect.Parameter) -> tuple[str, Any]:
+    """The value of a parameter that nobody gives; its mark for none, if it has none."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return parameter.name, ()
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return parameter.name, {}
+    return parameter.name, parameter.default
+
+
+def _text_of(default: Any) -> str | None:
+    """The text of a default; None where it has none, or there is no default."""
+    try:
+        return canonical(default)
+    except NoCanonicalForm:
+        return None
 
 
 def _binds_simply(signature: inspect.Signature) -> bool:
