@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from datetime import date
+from typing import Any
 
 import pytest
 from conftest import FleetMaker
@@ -89,3 +91,30 @@ def test_two_apps_in_one_store_have_their_own_keys(
     for fleet in fleets:
         assert counts(fleet, "charged") == {1: 1}
         assert len([*installation_of(fleet.app).key_store().list()]) == 1
+
+
+@pytest.mark.parametrize("serializer", ["yaml", "pickle"])
+@pytest.mark.parametrize(
+    "value", [date(2026, 11, 2), b"\x00\xff", {"b": 1, "a": [None, 1.5]}, {1, 2}]
+)
+def test_other_serializers_make_the_same_key_on_both_sides(
+    make_fleet: FleetMaker, serializer: str, value: Any
+) -> None:
+    """The sender's, and the worker's of a message that was sent by name."""
+    fleet = fleet_of(
+        make_fleet,
+        "redis",
+        "redis",
+        task_serializer=serializer,
+        result_serializer=serializer,
+        accept_content=["json", serializer],
+    )
+    fleet.worker()
+    ids = [
+        fleet.send("keyed_result", "a", value).id,
+        fleet.app.send_task("keyed_result", ("a",), {"value": value}).id,
+        fleet.send("keyed_result", "a", value).id,
+    ]
+
+    assert ends(fleet, *ids) == [value] * 3
+    assert len(fleet.notes("keyed_result")) == 1
