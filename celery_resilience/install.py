@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
     from celery_resilience.failed.task import ReplayFence
+    from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
-    from celery_resilience.idempotency.task import KeyGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
