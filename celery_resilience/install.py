@@ -90,7 +90,7 @@ class Resilience:
         Raises:
             ConfigurationError: Neither, or of a database where `once` does not work.
         """
-        from celery_resilience.idempotency import once_table
+        from celery_resilience.idempotency.once import sql_table as once_table
 
         once_table.create(bind)
 

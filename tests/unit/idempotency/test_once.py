@@ -51,7 +51,8 @@ from sqlalchemy.pool import NullPool
 
 from celery_resilience import ConfigurationError, once, purge_once
 from celery_resilience.errors import SchemaMismatch
-from celery_resilience.idempotency import once_sql, once_table
+from celery_resilience.idempotency.once import sql as once_sql
+from celery_resilience.idempotency.once import sql_table as once_table
 
 PROCESS = Path(__file__).parents[2] / "apps" / "once_process.py"
 
@@ -1089,7 +1090,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import StaticPool
 from celery import Celery
 from celery_resilience import Resilience, ResilientTask, once
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 
 engine = create_engine(
     "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
@@ -1166,7 +1167,7 @@ import sys
 from celery_resilience import once
 print([n for n in ("sqlalchemy", "alembic") if n in sys.modules])
 from sqlalchemy import create_engine
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 engine = create_engine("sqlite://")
 with engine.begin() as connection:
     once_table.create(connection)
