@@ -473,6 +473,10 @@ def test_a_key_is_told_with_what_it_asks_for() -> None:
     assert found.on_dead_worker == Fates(Fate.LOST, AGAIN)
     assert codes(found) == {"reruns_after_crash"}
     assert codes(found, resilient=False) == {"lost_with_worker"}
+    endless = keyed(an_app())
+    assert "outlives_redelivery" not in codes(endless, resilient=False)
+    endless = keyed(an_app(task_acks_late=True))
+    assert "outlives_redelivery" in codes(endless, resilient=False)
     document = json.loads(json.dumps(found.to_dict()))
     assert document["keys"]["unique_enqueue"] is True
     text = "\n".join(table([found]))

@@ -284,7 +284,11 @@ def test_a_default_may_have_no_canonical_form() -> None:
     def body(a: int, b: Any = print) -> None: ...
 
     made = maker(True, body)
-    assert made.make((1,), {}) == made.make((), {"a": 1})
+    one, other = made.make((1,), {}), made.make((2,), {})
+    assert one == made.make((), {"a": 1})
+    assert one != other
+    assert one is not None
+    assert one.fingerprint
     with pytest.raises(NoKey, match="'b' holds a object"):
         made.make((1,), {"b": object()})
 
