@@ -25,8 +25,8 @@ from kombu.message import Message
 
 from benchmarks.figures import Figure
 from celery_resilience import Resilience, ResilientTask
+from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.redis_store import VERSION, RedisKeyStore
-from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import installation_of
 from celery_resilience.message import HEADER, KEY
 from celery_resilience.stores.redis import RedisServer

@@ -16,7 +16,7 @@ from typing import Any
 import billiard.common
 from billiard.common import human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from celery import signals, states
+from celery import _state, signals, states
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
 from celery.concurrency import base as pools
@@ -103,6 +103,30 @@ def is_interrupted_by_a_signal(pool: Any) -> bool:
 def worker_terminates() -> BaseException:
     """What ends a worker, and the body that its main thread runs, in a cold stop."""
     return WorkerTerminate(EX_FAILURE)
+
+
+# --- apps --------------------------------------------------------------------------
+
+
+def is_made_for_asking(app: Any) -> bool:
+    """Whether Celery has made *app* for who asked before there was any."""
+    return bool(app.main == "default" and not app.set_as_current)
+
+
+def only_app() -> Any | None:
+    """
+    The app of this process, where there is just one.
+
+    The current app is one of each thread (``_state.py:64``, Celery 5.7).
+    """
+    try:
+        found = [
+            app for app in [*_state._get_active_apps()] if not is_made_for_asking(app)
+        ]
+    except (AttributeError, RuntimeError):
+        # Not there any more; or another thread has made one.
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 # --- around a task body ------------------------------------------------------------
@@ -464,6 +488,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "billiard.common._should_have_exited": lambda: isinstance(
         billiard.common._should_have_exited, list
     ),
+    "_state._get_active_apps()": lambda: callable(_state._get_active_apps),
     "Context._protected": lambda: Context._protected == 0,
     "apply_target(callback)": lambda: _has_parameters(pools.apply_target, "callback"),
     "Request._announce_revoked()": lambda: _has_parameters(

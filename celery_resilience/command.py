@@ -252,7 +252,7 @@ def resilience(context: click.Context) -> None:
 def schema(context: click.Context, sql: bool, once: str | None) -> None:
     """Print the statements that make the store's tables."""
     if once is not None:
-        table = import_module("celery_resilience.idempotency.once_table")
+        table = import_module("celery_resilience.idempotency.once.sql_table")
         click.echo(table.ddl(once), nl=False)
         return
     module = import_module("celery_resilience.failed.console.run")

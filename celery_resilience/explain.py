@@ -10,7 +10,7 @@ for what a transport keeps of a message that it has handed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -45,6 +45,8 @@ class Fate(StrEnum):
     KEPT_AND_REJECTED = "kept_and_rejected"
     RETRIED = "retried"
     RUNS_AGAIN = "runs_again"
+    INTERRUPTED = "interrupted"
+    LOOKED_AT = "looked_at"
     RUNS_FOR_EVER = "runs_for_ever"
     LOST = "lost"
     CANNOT_HAPPEN = "cannot_happen"
@@ -58,6 +60,8 @@ MEANINGS: Mapping[Fate, str] = {
     Fate.KEPT_AND_REJECTED: "kept in the failed queue, then rejected",
     Fate.RETRIED: "sent again as a retry, by Celery's retry_on_worker_lost",
     Fate.RUNS_AGAIN: "runs again, at most max_crashes times, then as on_failure",
+    Fate.INTERRUPTED: "delivered again, and fails as interrupted, unless it is done",
+    Fate.LOOKED_AT: "delivered again; if_interrupted looks whether it runs again",
     Fate.RUNS_FOR_EVER: "delivered again, for ever",
     Fate.LOST: "lost: the broker had nothing left to deliver again",
     Fate.CANNOT_HAPPEN: "cannot happen: no hard limit, or not in this pool",
@@ -122,6 +126,30 @@ class AppFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Keys:
+    """
+    The idempotency keys of a task.
+
+    Attributes:
+        key: The template; or "a callable", or "all arguments".
+        asks_for: The options that are True because the task has a key; without it they
+            would be as the app has them.
+        if_running: What becomes of a duplicate while another run has the key.
+        if_done: What becomes of a duplicate once the effect has happened.
+        if_interrupted: What becomes of a run after one that ended with its process:
+            "rerun", "fail" or "a callable".
+        unique_enqueue: A second send while the first waits is not sent.
+    """
+
+    key: str
+    asks_for: tuple[str, ...]
+    if_running: str
+    if_done: str
+    if_interrupted: str
+    unique_enqueue: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFacts:
     """
     What a task says, with the app's defaults filled in.
@@ -131,6 +159,9 @@ class TaskFacts:
         failed_queue: Where an ordinary failure goes; None: it is not kept.
         max_retries: Of Celery; None: without end.
         has_own_strategy: Its messages do not become Celery's ordinary requests.
+        keys: Its idempotency keys; None where it has none.
+        app_acks_late, app_reject_on_worker_lost: What the app has, for options that
+            are True because of a key.
     """
 
     name: str
@@ -147,6 +178,26 @@ class TaskFacts:
     max_retries: int | None = 3
     max_crashes: int = 3
     has_own_strategy: bool = False
+    keys: Keys | None = None
+    app_acks_late: bool = False
+    app_reject_on_worker_lost: bool | None = None
+
+    @property
+    def plain(self) -> TaskFacts:
+        """The same task without its key."""
+        if self.keys is None:
+            return self
+        asked = self.keys.asks_for
+        return replace(
+            self,
+            keys=None,
+            acks_late=self.app_acks_late if "acks_late" in asked else self.acks_late,
+            reject_on_worker_lost=(
+                self.app_reject_on_worker_lost
+                if "reject_on_worker_lost" in asked
+                else self.reject_on_worker_lost
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +211,7 @@ class TaskExplained:
         is_resilient: The task is resilient already.
         adopt: What to write; None where it is resilient already.
         acks_late, reject_on_worker_lost, acks_on_failure, acks_on_timeout: As the
-            app has them; adopting does not change them.
+            task has them. Adopting does not change them; a key does.
         soft_time_limit_s, time_limit_s: The limits, in seconds.
         redelivered_after_s: Visibility timeout or RabbitMQ's consumer timeout, in
             seconds: how long the broker waits for an acknowledgement.
@@ -173,6 +224,8 @@ class TaskExplained:
         on_dead_worker: The whole worker died under the run.
         on_hard_limit: A run met its hard time limit.
         risks: See `Risk`.
+        keys: See `Keys`; None where the task has none. Beside it, what plain Celery
+            does is what it would do without the key.
     """
 
     task: str
@@ -194,6 +247,7 @@ class TaskExplained:
     on_dead_worker: Fates
     on_hard_limit: Fates
     risks: tuple[Risk, ...]
+    keys: Keys | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The public JSON, schema 1."""
@@ -203,11 +257,10 @@ class TaskExplained:
 def explain_task(task: TaskFacts, app: AppFacts) -> TaskExplained:
     """Say what a resilient task does that the same task of Celery's does not."""
     is_kept = task.failed_queue is not None and app.is_enabled
+    without_key, with_key = _fates(task.plain, app), _fates(task, app)
     fates = {
-        "on_failure": _on_failure(task),
-        "on_dead_child": _on_dead_child(task, app),
-        "on_dead_worker": _on_dead_worker(task, app),
-        "on_hard_limit": _on_hard_limit(task, app),
+        name: Fates(without_key[name].plain, found.resilient)
+        for name, found in with_key.items()
     }
     if not app.is_enabled:
         fates = {name: Fates(f.plain, f.plain) for name, f in fates.items()}
@@ -232,6 +285,7 @@ def explain_task(task: TaskFacts, app: AppFacts) -> TaskExplained:
         failed_queue=task.failed_queue,
         is_kept=is_kept,
         risks=tuple(_risks(task, app, fates)),
+        keys=task.keys,
         **fates,
     )
 
@@ -240,15 +294,24 @@ def _risks(
     task: TaskFacts, app: AppFacts, fates: Mapping[str, Fates]
 ) -> Iterator[Risk]:
     for code, rule in RISKS.items():
-        holds = rule.holds(task, app, fates)
-        resilient = holds.resilient if app.is_enabled else holds.plain
-        if holds.plain or resilient:
-            yield Risk(code, plain=holds.plain, resilient=resilient, text=rule.text)
+        plain = rule.holds(task.plain, app, fates).plain
+        resilient = rule.holds(task, app, fates).resilient if app.is_enabled else plain
+        if plain or resilient:
+            yield Risk(code, plain=plain, resilient=resilient, text=rule.text)
 
 
 # --- what becomes of a message -----------------------------------------------------
 
 _NOT_KEPT = {Fate.KEPT: Fate.GONE, Fate.KEPT_AND_REJECTED: Fate.REJECTED}
+
+
+def _fates(task: TaskFacts, app: AppFacts) -> dict[str, Fates]:
+    return {
+        "on_failure": _on_failure(task),
+        "on_dead_child": _on_dead_child(task, app),
+        "on_dead_worker": _on_dead_worker(task, app),
+        "on_hard_limit": _on_hard_limit(task, app),
+    }
 
 
 def _on_failure(task: TaskFacts) -> Fates:
@@ -274,7 +337,7 @@ def _on_dead_child(task: TaskFacts, app: AppFacts) -> Fates:
 def _on_dead_worker(task: TaskFacts, app: AppFacts) -> Fates:
     if not task.acks_late or app.driver not in HOLDING:
         return Fates(Fate.LOST, Fate.LOST)
-    return Fates(Fate.RUNS_FOR_EVER, Fate.RUNS_AGAIN)
+    return Fates(Fate.RUNS_FOR_EVER, _again(task))
 
 
 def _on_hard_limit(task: TaskFacts, app: AppFacts) -> Fates:
@@ -287,7 +350,14 @@ def _on_hard_limit(task: TaskFacts, app: AppFacts) -> Fates:
 
 
 def _bounded(task: TaskFacts, failed: Fates) -> Fate:
-    return Fate.RUNS_AGAIN if task.max_crashes > 1 else failed.resilient
+    return _again(task) if task.max_crashes > 1 else failed.resilient
+
+
+def _again(task: TaskFacts) -> Fate:
+    """What becomes of a message that is delivered again."""
+    if task.keys is None or task.keys.if_interrupted == "rerun":
+        return Fate.RUNS_AGAIN
+    return Fate.INTERRUPTED if task.keys.if_interrupted == "fail" else Fate.LOOKED_AT
 
 
 def _how_to_adopt(base: str) -> str:
@@ -370,6 +440,11 @@ RISKS: Mapping[str, _Rule] = {
         "whole worker dies is given up after 20 redeliveries; set "
         "resilience_store_url",
     ),
+    "keys_wait": _Rule(
+        lambda task, app, fates: _new(task.keys is not None and not app.has_store),
+        "it has an idempotency key and there is no store: its runs wait until there "
+        "is; set resilience_store_url",
+    ),
     "reruns_after_crash": _Rule(
         _reruns,
         "Celery fails it when its child dies, and here it runs again up to "
@@ -381,7 +456,10 @@ RISKS: Mapping[str, _Rule] = {
         "what kills its process, or meets its hard limit, is delivered for ever",
     ),
     "lost_with_worker": _Rule(
-        lambda task, app, fates: _both(fates["on_dead_worker"].plain is Fate.LOST),
+        lambda task, app, fates: _Holds(
+            plain=fates["on_dead_worker"].plain is Fate.LOST,
+            resilient=fates["on_dead_worker"].resilient is Fate.LOST,
+        ),
         "a run is lost when its whole worker dies: it is acknowledged before it "
         "runs, or this broker deletes what it hands over; acks_late=True keeps it "
         "on brokers that hold messages",

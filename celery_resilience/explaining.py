@@ -19,6 +19,7 @@ from celery_resilience.explain import (
     MEANINGS,
     AppFacts,
     Fates,
+    Keys,
     TaskExplained,
     TaskFacts,
     explain_task,
@@ -82,6 +83,18 @@ def _driver(app: Any) -> str:
         return re.split(r"[+:]", scheme)[0].lower()
 
 
+#: The words of the table for what becomes of a duplicate.
+DUPLICATES = {
+    "snooze": "it looks again later",
+    "skip": "it ends without a result",
+    "error": "it fails",
+    "return_saved": "it ends with the saved result",
+    "rerun": "it runs",
+    "fail": "it fails as interrupted",
+    "a callable": "a callable looks whether it runs",
+}
+
+
 def task_facts(task: Any, installation: Installation) -> TaskFacts:
     """What is asked of a task, with the defaults that its binding has filled in."""
     base = next(kind for kind in type(task).__mro__[1:] if not _is_made(kind, task.app))
@@ -100,6 +113,25 @@ def task_facts(task: Any, installation: Installation) -> TaskFacts:
         max_retries=task.max_retries,
         max_crashes=getattr(task, "max_crashes", None) or installation.max_crashes,
         has_own_strategy=task.Strategy != "celery.worker.strategy:default",
+        keys=_keys_of(task),
+        app_acks_late=bool(task.app.conf.task_acks_late),
+        app_reject_on_worker_lost=task.app.conf.task_reject_on_worker_lost,
+    )
+
+
+def _keys_of(task: Any) -> Keys | None:
+    if not (isinstance(task, ResilientTask) and task.has_key):
+        return None
+    key, looks = task.idempotency_key, task.if_interrupted
+    if not isinstance(key, str):
+        key = "all arguments" if key is True else "a callable"
+    return Keys(
+        key=key,
+        asks_for=task.asked_by_key,
+        if_running=task.if_running,
+        if_done=task.if_done,
+        if_interrupted=looks if isinstance(looks, str) else "a callable",
+        unique_enqueue=task.unique_enqueue,
     )
 
 
@@ -152,6 +184,7 @@ def table(explained: Sequence[TaskExplained]) -> Iterator[str]:
     for fate, meaning in MEANINGS.items():
         if fate in used:
             yield f"  {fate:<18} {meaning}"
+    yield from _about_keys(explained)
     risks = [*summary_of([*explained])]
     if risks:
         yield ""
@@ -159,6 +192,27 @@ def table(explained: Sequence[TaskExplained]) -> Iterator[str]:
     for code, text, tasks in risks:
         yield f"  {code} ({_named(tasks)})"
         yield f"    {text}"
+
+
+def _about_keys(explained: Sequence[TaskExplained]) -> Iterator[str]:
+    if any(task.keys for task in explained):
+        yield ""
+        yield "idempotency keys:"
+    for task in explained:
+        keys = task.keys
+        if keys is None:
+            continue
+        yield f"  {task.task}: {keys.key}"
+        if keys.asks_for:
+            yield f"    makes True, unless the task says otherwise: {', '.join(keys.asks_for)}"
+        yield (
+            "    a duplicate: "
+            f"while another runs, {DUPLICATES[keys.if_running]}; "
+            f"when it is done, {DUPLICATES[keys.if_done]}; "
+            f"after a run that died with its process, {DUPLICATES[keys.if_interrupted]}"
+        )
+        if keys.unique_enqueue:
+            yield "    a second one is not sent while the first waits"
 
 
 def _title(case: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery import Celery, current_app, current_task, signals
 
-from celery_resilience import flags
+from celery_resilience import _celery, flags
 from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
     from celery_resilience.failed.task import ReplayFence
+    from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
-    from celery_resilience.idempotency.task import KeyGuard
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -92,7 +92,7 @@ class Resilience:
         Raises:
             ConfigurationError: Neither, or of a database where `once` does not work.
         """
-        from celery_resilience.idempotency import once_table
+        from celery_resilience.idempotency.once import sql_table as once_table
 
         once_table.create(bind)
 
@@ -214,7 +214,7 @@ class Installation:
             names = (*task.redact, *self.settings.redact)
             return is_hidden(name, frozenset(map(str.lower, names)))
 
-        return task_keys(task, hides)
+        return task_keys(task, hides, task.own_options)
 
     @property
     def app_dir(self) -> Path:
@@ -474,15 +474,20 @@ def current_namespace() -> str:
     """
     The namespace of the app whose task runs here, or else of the current app.
 
+    A thread that has no current app has that of the process, where there is just one.
+
     Raises:
-        ConfigurationError: There is no app, or one of its settings is wrong.
+        ConfigurationError: There is no app, or it is not known which; or one of its
+            settings is wrong.
     """
     proxy: Any = current_app
     app: Any = current_task.app if current_task else proxy._get_current_object()
-    # Celery makes one of that kind for who asks before there is any.
-    if app.main == "default" and not app.set_as_current:
+    if _celery.is_made_for_asking(app):
+        app = _celery.only_app()
+    if app is None:
         raise ConfigurationError(
             "no Celery app is known here, whose namespace the key would have: import "
-            "the app, or give namespace="
+            "the app, call its set_default() where a process has several, for each "
+            "thread has a current app of its own, or give namespace="
         )
     return installed_or_new(app).settings.namespace

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.redaction import without_password
+from celery_resilience.task_options import TaskOptions
 
 PREFIX = "resilience_"
 
@@ -141,7 +142,19 @@ STORES = {
 def _store_url(value: Any) -> str:
     if isinstance(value, str) and _is_store_url(value):
         return value
+    if isinstance(value, str) and (file := _with_two_slashes(value)):
+        raise _Refused(
+            f"written with three slashes, sqlite:///{file}, or four before an absolute "
+            "path"
+        )
     raise _Refused("one of " + ", ".join(STORES.values()))
+
+
+def _with_two_slashes(url: str) -> str:
+    """The file of a SQLite URL that has it in the place of a host; or ""."""
+    kind, _, rest = url.partition("://")
+    is_host = kind.split("+")[0] == "sqlite" and not rest.startswith(("/", ":", "?"))
+    return rest if is_host else ""
 
 
 def _is_store_url(url: str) -> bool:
@@ -153,6 +166,8 @@ def _is_store_url(url: str) -> bool:
     path = sqlite_path(url)
     if path is not None and path.name in ("", ":memory:"):
         return False  # each process would have one of its own
+    if _with_two_slashes(url):
+        return False
     return bool(sign) and (kind.split("+")[0] in STORES or kind == "rediss")
 
 
@@ -321,6 +336,12 @@ def read_settings(
     return Settings(**values)
 
 
+def is_enabled(conf: Mapping[str, Any], *, prefix: str = "") -> bool:
+    """Whether an app has us on, where its settings are not checked yet."""
+    _, value = _resilience_keys(conf, prefix).get("enabled", ("", True))
+    return value is not False
+
+
 def default_namespace(app_name: str | None) -> str:
     """The app's name without what a key, row or queue could not hold."""
     cleaned = re.sub(r"[^A-Za-z0-9_.:-]", "-", app_name or "")[:64]
@@ -345,6 +366,8 @@ def _resilience_keys(
 
 
 def _unknown(key: str, name: str, known: list[str]) -> str:
+    if name in TaskOptions.__annotations__:
+        return f"{key} is no setting: {name} is an option of a task"
     near = difflib.get_close_matches(name, known, n=1)
     if not near:
         return f"unknown setting {key}"

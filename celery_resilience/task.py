@@ -15,11 +15,15 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
 from celery_resilience.errors import (
+    AlreadyDone,
+    AlreadyRunning,
     ConfigurationError,
+    KeyMismatch,
     MissingExtra,
     Replaced,
     ResilienceError,
     RetryNotPublished,
+    RunInterrupted,
     Skip,
     TaskExited,
 )
@@ -28,8 +32,9 @@ from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
-from celery_resilience.task_options import Names, wrong_options
+from celery_resilience.task_options import Names, nearly_options, wrong_options
 
 if TYPE_CHECKING:
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
@@ -45,14 +50,29 @@ EXHAUSTED = "_resilience_exhausted"
 #: Where a request remembers that another message reports how its replay ended.
 REPLACED = "_resilience_replaced"
 
+#: What a run is told that does not get its key.
+REFUSALS = (AlreadyDone, AlreadyRunning, KeyMismatch, RunInterrupted)
+
 #: Marks that a retry inherits: it belongs to the same replay, and has the same key.
 INHERITED_MARKS = ("replay", KEY)
 
 #: Those that another task inherits.
 INHERITED_BY_ANOTHER = ("replay",)
 
+#: Options that a task with a key has, unless it says otherwise.
+ASKED_BY_KEY = ("acks_late", "reject_on_worker_lost")
+
 #: What Celery's `apply_async` takes by position after the task's id.
 POSITIONAL = ("producer", "link", "link_error", "shadow")
+
+
+#: Options that Celery would take with a call, and nobody would read there.
+_ONLY_OF_TASKS = frozenset(
+    {
+        *("idempotency_key", "idempotency_keep_s", "idempotency_lease_s"),
+        *("if_running", "if_done", "if_interrupted", "unique_enqueue"),
+    }
+)
 
 
 class ResilientTask(Task):  # type: ignore[type-arg]
@@ -110,14 +130,46 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     _base_has_a_call: ClassVar[bool] = True
     _keys: ClassVar[TaskKeys | None] = None
 
+    #: Options that are True because the task has a key.
+    asked_by_key: ClassVar[tuple[str, ...]] = ()
+
+    #: What the task itself says, and no base class or annotation.
+    own_options: ClassVar[frozenset[str]] = frozenset()
+
+    #: Those that the task itself leaves to the app.
+    _left_to_app: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def bind(cls, app: Any) -> Any:
         """Bind to *app*; a key asks that a message outlives its worker."""
-        if cls.idempotency_key is not None:
-            for name in ("acks_late", "reject_on_worker_lost"):
-                if getattr(cls, name) is None:
-                    setattr(cls, name, True)
+        if not cls.__bound__:
+            cls.own_options = frozenset(vars(cls))
+            cls._left_to_app = tuple(
+                name for name in ASKED_BY_KEY if getattr(cls, name) is None
+            )
         return super().bind(app)
+
+    @classmethod
+    def annotate(cls) -> None:
+        """
+        Apply `task_annotations`, which may give the task a key.
+
+        Celery has filled in before this what the app says; without that, it is seen
+        what nobody says.
+        """
+        of_app = {name: getattr(cls, name) for name in cls._left_to_app}
+        for name in of_app:
+            setattr(cls, name, None)
+        super().annotate()
+        unsaid = [name for name in of_app if getattr(cls, name) is None]
+        app: Any = cls.app
+        conf = app.conf
+        has_key = cls.idempotency_key is not None and is_enabled(
+            conf, prefix=getattr(conf, "prefix", None) or ""
+        )
+        cls.asked_by_key = tuple(unsaid) if has_key else ()
+        for name in unsaid:
+            setattr(cls, name, True if has_key else of_app[name])
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -275,7 +327,12 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         if call is None:
             return None
         vars(request)[KEY_NAME] = call.name
-        run = vars(request)[KEYED_RUN] = rooms.keys.begin(call)
+        try:
+            run = vars(request)[KEYED_RUN] = rooms.keys.begin(call)
+        except REFUSALS as refused:
+            # Their message says all; where in our code they are raised says nothing.
+            refused.__traceback__ = None
+            raise
         return run
 
     def _before_body(
@@ -352,7 +409,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             MessageTooLarge: The message has more than `max_message_kib`.
             NotSerializable: With `max_message_kib`: arguments would not arrive as they
                 are.
+            ConfigurationError: An option is one of tasks, not of calls.
         """
+        if not _ONLY_OF_TASKS.isdisjoint(options):
+            raise ConfigurationError(
+                f"{', '.join(sorted(_ONLY_OF_TASKS & options.keys()))}: no option of a "
+                f"call; it is one of the task {self.name}, where it is registered"
+            )
         if task_id is not None:
             options["task_id"] = task_id
         if more:
@@ -519,6 +582,13 @@ def check_options(
     # Without asking for their values: a class property of Celery's binds the class.
     known = {name for base in ResilientTask.__mro__ for name in vars(base)}
     wrong = wrong_options(task, known)
+    for name, meant in nearly_options(task.own_options - known):
+        logger.warning(
+            "task %s has %s, which is none of our options: %s is",
+            task.name,
+            name,
+            meant,
+        )
     keys = None
     try:
         keys = installation.task_keys(task)

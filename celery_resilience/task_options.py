@@ -88,8 +88,34 @@ def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     for name in vars(task):
         if name not in known:
             near = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
-            found += [f"unknown option {name}, did you mean {near[0]}?" for _ in near]
+            found += [
+                f"unknown option {name}, did you mean {meant}?"
+                for meant in near
+                if not _is_of_one_word(name, meant)
+            ]
     return found
+
+
+def nearly_options(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Those of *names* that may be the app's own, each with the option it is near."""
+    return [
+        (name, option)
+        for name in sorted(names)
+        for option in TaskOptions.__annotations__
+        if name != option and _is_of_one_word(name, option)
+    ]
+
+
+def _is_of_one_word(name: str, option: str) -> bool:
+    """
+    Whether *name* has the word of an option with an ending, as `redacted` has.
+
+    An app may well call something of its own so; of an option of several words it is
+    a mistake.
+    """
+    return (
+        "_" not in option and name.startswith(option) and len(name) <= len(option) + 3
+    )
 
 
 def wrong_options(task: type[Any], known: Iterable[str]) -> list[str]:

@@ -30,8 +30,8 @@ from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
+from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.reservations import FreesReservations
-from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher

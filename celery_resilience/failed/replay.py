@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import UUID, uuid4
 
 from celery_resilience.errors import BrokerUnavailable, PublishRefused
@@ -214,10 +215,15 @@ class Replayer:
         report = report or ReplayReport()
         forced: set[tuple[str, str]] = set()
         for page in pages(ids, PAGE):
-            claims = self._store.claim(
-                page, to_queue=to_queue, wants_new_id=new_id, is_forced=force
-            )
-            claims = [_forced_once(claim, forced) for claim in claims]
+            claim = partial(self._store.claim, to_queue=to_queue, wants_new_id=new_id)
+            claims = [*claim(page, is_forced=force)]
+            duplicates = [c for c in claims if not _is_first_forced(c, forced)]
+            if duplicates:
+                # In the store, too: whoever sends a stale claim sends it as it is there.
+                for duplicate in duplicates:
+                    self._store.release(duplicate, "its key is another record's")
+                    claims.remove(duplicate)
+                claims += claim([duplicate.id for duplicate in duplicates])
             claimed = {claim.id for claim in claims}
             report.skipped += [id for id in page if id not in claimed]
             self.send_claims(claims, report, are_new=True)
@@ -233,13 +239,12 @@ class Replayer:
         return report
 
 
-def _forced_once(claim: Claim, forced: set[tuple[str, str]]) -> Claim:
-    """Of several records with one key, force the first: the others are duplicates."""
-    key = claim.original.marks.get(KEY)
-    if not claim.is_forced or key is None:
-        return claim
-    name = (claim.task, key[0])
+def _is_first_forced(claim: Claim, forced: set[tuple[str, str]]) -> bool:
+    """Whether a claim is sent as it is: of those with one key the first is forced."""
+    if not claim.is_forced or claim.key is None:
+        return True
+    name = (claim.task, claim.key)
     if name in forced:
-        return replace(claim, is_forced=False)
+        return False
     forced.add(name)
-    return claim
+    return True

@@ -160,6 +160,7 @@ def task_of(row: Any) -> FailedTask:
 
 def claim_of(row: Any) -> Claim:
     """A claim from its row."""
+    document = unpacked(row.document)
     return Claim(
         id=row.id,
         token=row.token,
@@ -171,7 +172,8 @@ def claim_of(row: Any) -> Claim:
         wants_new_id=bool(row.wants_new_id),
         is_forced=bool(row.is_forced),
         in_chord=bool(row.in_chord),
-        original=unpack(unpacked(row.document)["original"]),
+        original=unpack(document["original"]),
+        key=document["idempotency_key"],
     )
 
 

@@ -26,6 +26,8 @@ class Claim:
         wants_new_id: Its message gets another task id.
         is_forced: It runs again, whatever its idempotency key came to.
         in_chord: A chord waits for the task's result.
+        key: The name of its idempotency key, also where the worker made it and the
+            message carries none; None where it has none, or nobody has said it.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Claim:
     wants_new_id: bool = False
     is_forced: bool = False
     in_chord: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

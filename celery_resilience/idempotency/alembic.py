@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery_resilience.idempotency.once_sql import TABLE
-from celery_resilience.idempotency.once_table import (
+from celery_resilience.idempotency.once.sql import TABLE
+from celery_resilience.idempotency.once.sql_table import (
     INDEX,
     INDEXED,
     OPTIONS,

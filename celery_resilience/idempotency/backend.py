@@ -7,6 +7,10 @@ from typing import Any
 
 logger = logging.getLogger("celery_resilience.idempotency")
 
+#: Celery's words for how a task has ended.
+SUCCEEDED = "SUCCESS"
+ENDED_OTHERWISE = ("FAILURE", "REVOKED")
+
 
 class ResultBackend:
     """

@@ -10,9 +10,10 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from heapq import nlargest
+from itertools import count
 from typing import Any
 
 from celery_resilience.errors import (
@@ -136,12 +137,18 @@ def _store_of(app: Any) -> KeyStore:
 def _list(store: KeyStore, words: Words) -> int:
     state = _state_of(words["state"])
     limit: int = words["limit"]
+    counted = count()
     found = store.list(state=state, task=words["task"] or "*")
-    shown = islice(found, limit)
-    count = _print_json(shown) if words["output"] == "json" else _print_table(shown)
-    if count == limit and next(found, None) is not None:
-        say(f"{limit} of more; --limit shows more")
-    elif not count:
+    shown = nlargest(
+        limit,
+        (record for record, _ in zip(found, counted, strict=False)),
+        key=lambda record: record.begun_at,
+    )
+    print_all = _print_json if words["output"] == "json" else _print_table
+    print_all(shown)
+    if (total := next(counted)) > limit:
+        say(f"the newest {limit} of {total}; --limit shows more")
+    elif not shown:
         say("nothing matches")
     return DONE
 
@@ -205,33 +212,34 @@ def _is_agreed(records: Sequence[KeyRecord]) -> bool:
     return False
 
 
-def _print_table(records: Iterable[KeyRecord], file: Any = None) -> int:
-    """Print lines with tabs between; returns how many keys there were."""
+def _print_table(records: Sequence[KeyRecord], file: Any = None) -> None:
+    """Print lines with tabs between, or on a terminal in columns."""
     file = file or sys.stdout
-    count = 0
-    for count, record in enumerate(records, 1):
-        if count == 1:
-            print("\t".join(COLUMNS), file=file)
-        cells = (
-            record.key[:SHORT],
-            str(record.state),
-            _time(record.begun_at)[:19],
-            str(record.epoch),
-            f"{record.result_bytes} B" if record.result_bytes else "-",
-            *(record.task, record.name, record.owner),
-        )
-        print("\t".join(map(printable, cells)), file=file)
-    return count
+    rows = [COLUMNS, *map(_cells, records)] if records else []
+    if not file.isatty():
+        for row in rows:
+            print("\t".join(row), file=file)
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip(), file=file)
 
 
-def _print_json(records: Iterable[KeyRecord]) -> int:
-    """Print one array, while it is read; returns how many keys there were."""
-    count = 0
-    print("[", end="")
-    for count, record in enumerate(records, 1):
-        print("," if count > 1 else "", json.dumps(to_dict(record)), sep="\n", end="")
-    print("\n]" if count else "]")
-    return count
+def _cells(record: KeyRecord) -> tuple[str, ...]:
+    cells = (
+        record.key[:SHORT],
+        str(record.state),
+        _time(record.begun_at)[:19],
+        str(record.epoch),
+        f"{record.result_bytes} B" if record.result_bytes else "-",
+        *(record.task, record.name, record.owner),
+    )
+    return tuple(map(printable, cells))
+
+
+def _print_json(records: Sequence[KeyRecord]) -> None:
+    """Print one array."""
+    print(json.dumps([to_dict(record) for record in records], indent=2))
 
 
 def _state_of(word: str | None) -> KeyState | None:

@@ -93,11 +93,14 @@ class KeyMaker:
             for name, parameter in parameters.parameters.items()
         ]
         self._names = tuple(parameters.parameters)
-        #: How the canonical text of all arguments begins, and what is before each.
-        self._begin = f"m{len(self._simple)}:"
+        #: Of each argument, in the order of the canonical text of a mapping: what is
+        #: before it there, its default, and that one's text.
         self._before = sorted(
-            ((name, canonical(name)) for name, _ in self._simple),
-            key=lambda pair: pair[1],
+            (
+                (canonical(name), name, default, _text_of(default))
+                for name, default in map(_default_of, parameters.parameters.values())
+            ),
+            key=lambda argument: argument[0],
         )
         self._parts: list[tuple[str, str | None]] = []
         self._is_plain = False
@@ -141,14 +144,25 @@ class KeyMaker:
         return MadeKey(name, fingerprint)
 
     def _text(self, bound: dict[str, Any]) -> str:
-        """`canonical(bound)`, which the names of the arguments take half of."""
-        if len(bound) != len(self._before):
-            return canonical(bound)
-        parts = [self._begin]
-        for name, before in self._before:
+        """
+        The canonical text of the arguments that are not their parameter's default.
+
+        A parameter that is added with one, while messages wait, changes no call.
+        """
+        parts: list[str] = []
+        count = 0
+        for before, name, default, default_text in self._before:
+            value = bound[name]
+            if value is default:
+                continue
+            start = len(parts)
             parts.append(before)
-            write(bound[name], parts)
-        return "".join(parts)
+            write(value, parts)
+            if default_text is not None and default_text == "".join(parts[start + 1 :]):
+                del parts[start:]
+            else:
+                count += 1
+        return f"m{count}:{''.join(parts)}"
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if not self._binds_simply or len(args) > len(self._simple):
@@ -177,8 +191,9 @@ class KeyMaker:
         self, bound: dict[str, Any], fingerprint: str, *_: Any
     ) -> str | None:
         if not fingerprint:
-            for name, value in bound.items():
-                self._canonical(name, value)
+            for _before, name, default, _text in self._before:
+                if (value := bound[name]) is not default:
+                    self._canonical(name, value)
         return f"{self._task}:{fingerprint}"
 
     def _from_template(self, bound: dict[str, Any], *_: Any) -> str | None:
@@ -259,6 +274,23 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def _default_of(parameter: inspect.Parameter) -> tuple[str, Any]:
+    """The value of a parameter that nobody gives; its mark for none, if it has none."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return parameter.name, ()
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return parameter.name, {}
+    return parameter.name, parameter.default
+
+
+def _text_of(default: Any) -> str | None:
+    """The text of a default; None where it has none, or there is no default."""
+    try:
+        return canonical(default)
+    except NoCanonicalForm:
+        return None
+
+
 def _binds_simply(signature: inspect.Signature) -> bool:
     return all(
         parameter.kind is parameter.POSITIONAL_OR_KEYWORD
@@ -295,6 +327,8 @@ def _parse(template: str, signature: inspect.Signature) -> list[tuple[str, str |
             literal = ""
     if literal:
         found.append((literal, None))
-    if not found:
-        raise ConfigurationError(f"{accepted}, got {template!r}")
+    if not found or (signature.parameters and all(name is None for _, name in found)):
+        raise ConfigurationError(
+            f"{accepted}; without one all calls are the same effect, got {template!r}"
+        )
     return found

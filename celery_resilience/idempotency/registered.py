@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,17 @@ class TaskKeys:
     options: KeyOptions
 
 
-def task_keys(task: type[Any], is_hidden: Callable[[str], bool]) -> TaskKeys | None:
+def task_keys(
+    task: type[Any],
+    is_hidden: Callable[[str], bool],
+    own_options: Collection[str] = (),
+) -> TaskKeys | None:
     """
     How the keys of *task* are made; None where it has none.
 
     Args:
         is_hidden: Whether an argument of a name is never shown.
+        own_options: Names that the task itself says, and no base class of it.
 
     Raises:
         ConfigurationError: An option, or the key's template, is wrong.
@@ -44,11 +49,59 @@ def task_keys(task: type[Any], is_hidden: Callable[[str], bool]) -> TaskKeys | N
     options = key_options({name: _plain(task, name) for name in _OPTIONS})
     spec = _plain(task, "idempotency_key")
     if spec is None:
-        if options.is_unique_enqueue:
-            raise ConfigurationError("unique_enqueue needs an idempotency_key")
+        # A base class may say them for those of its tasks that have keys.
+        said = [name for name in _OPTIONS if name in own_options]
+        if said:
+            raise ConfigurationError(
+                f"{', '.join(said)}: nothing without an idempotency_key"
+            )
         return None
-    maker = KeyMaker(spec, _signature(task), task.name, is_hidden)
+    signature = _signature(task)
+    maker = KeyMaker(spec, signature, task.name, is_hidden)
+    for name, value in (
+        ("idempotency_key", spec),
+        ("if_interrupted", options.if_interrupted),
+    ):
+        if callable(value) and not takes_calls_of(value, signature):
+            raise ConfigurationError(
+                f"{name} is called as the task is, and takes no call that the task "
+                f"takes: the task's arguments are {signature}, and its own are "
+                f"{inspect.signature(value)}"
+            )
     return TaskKeys(maker, options)
+
+
+def takes_calls_of(function: Callable[..., Any], task: inspect.Signature) -> bool:
+    """
+    Whether any call of a task could be one of *function*.
+
+    Where that cannot be known, it is taken to be so.
+    """
+    try:
+        own = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    parameters = [*task.parameters.values()]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return True
+    needed = [p for p in parameters if p.default is p.empty]
+    return any(
+        _binds(own, found[:count], found[count:])
+        for found in (needed, parameters)
+        for count in range(len(found) + 1)
+    )
+
+
+def _binds(
+    signature: inspect.Signature,
+    by_position: Sequence[inspect.Parameter],
+    by_name: Sequence[inspect.Parameter],
+) -> bool:
+    try:
+        signature.bind(*by_position, **{p.name: None for p in by_name})
+    except TypeError:
+        return False
+    return True
 
 
 def _plain(task: type[Any], name: str) -> Any:

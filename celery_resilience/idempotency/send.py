@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery_resilience import _celery
+from celery_resilience.errors import NoKey
 from celery_resilience.idempotency.canonical import is_stable
 from celery_resilience.idempotency.key import KeyMaker, MadeKey, store_key
 from celery_resilience.idempotency.options import KeyOptions
@@ -87,7 +88,7 @@ class KeySender:
                 key on it, or the same task once more in its place.
 
         Raises:
-            NoKey: No key can be made of these arguments.
+            NoKey: No key can be made of these arguments, by who calls the task.
         """
         headers = options.get("headers") or {}
         marks = marks_of(headers) if headers else {}
@@ -96,7 +97,14 @@ class KeySender:
                 return publish(args, kwargs, **options)
         serializer = options.get("serializer") or task.serializer
         sent = _celery.sent_arguments(task, args, kwargs, serializer)
-        made = sent_key(keys.maker, sent[0] or (), sent[1] or {}, serializer)
+        try:
+            made = sent_key(keys.maker, sent[0] or (), sent[1] or {}, serializer)
+        except NoKey:
+            if "parent_id" not in options:
+                raise
+            # The next of a canvas: the task before it has had its effect, and would
+            # fail for it. It is sent, and fails where its worker finds the same.
+            made = None
         marks.pop(KEY, None)
         if made is not None:
             marks[KEY] = [made.name, made.fingerprint]

@@ -58,11 +58,19 @@ class SqlKeyStore:
     Args:
         database: Where the table is.
         namespace: The app's; several share a table.
+        clock: This host's wall time, for SQLite, which has no clock of its own; the
+            others go by theirs.
     """
 
-    def __init__(self, database: SqlDatabase, namespace: str) -> None:
+    def __init__(
+        self,
+        database: SqlDatabase,
+        namespace: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._database = database
         self._namespace = namespace
+        self._clock = clock
         self._statements = database.statements
         self._say = Statements(database.dialect)
 
@@ -285,7 +293,7 @@ class SqlKeyStore:
             "keep_s": claim.keep_s,
             "dead_holder": stored(claim.dead_holder or ""),
             "is_forced": claim.is_forced,
-            "now": time.time(),  # for SQLite, which has no clock of its own
+            "now": self._clock(),
         }
 
     def _write(self, statement: Executable) -> int:

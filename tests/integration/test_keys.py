@@ -237,7 +237,8 @@ def test_the_same_key_with_other_arguments_fails(
     """At once, as key_mismatch; what was asked is in no message."""
     fleet = fleet_of(make_fleet, broker, store)
     fleet.worker()
-    ends(fleet, fleet.send("charge", 1, 10).id)
+    first = fleet.send("charge", 1, 10).id
+    ends(fleet, first)
     wrong = fleet.send("charge", 1, 98765).id
 
     record = fleet.record_of(wrong)
@@ -245,6 +246,8 @@ def test_the_same_key_with_other_arguments_fails(
     assert record["reason"] == "key_mismatch"
     assert record["idempotency_key"] == "charge:1"
     assert "98765" not in record["message"]
+    assert first in record["message"]
+    assert "celery_resilience/" not in record["traceback"]
     assert len(record["attempts"]) == 1
     assert counts(fleet, "charged") == {1: 1}
 
@@ -282,6 +285,8 @@ def test_what_has_failed_may_run_again(make_fleet: FleetMaker, tmp_path: Path) -
     task_id = fleet.send("keyed_boom", "a", str(cure)).id
     record = fleet.record_of(task_id)
     assert record["idempotency_key"] == "b:a"
+    tried = fleet.command("failed", "replay", record["id"], "--dry-run")
+    assert "[key b:a]" in tried.stdout
     cure.touch()
 
     done = fleet.command("failed", "replay", record["id"], "--yes", "--wait")
@@ -312,6 +317,7 @@ def test_a_dead_childs_key_is_taken_over_at_once(
     if name == "charge_or_fail":
         record = fleet.record_of(task_id, within_s=20)
         assert record["reason"] == "interrupted"
+        assert "celery_resilience/" not in record["traceback"]
         assert len(fleet.notes(name)) == 1
         assert counts(fleet, "charged")[1] == (1 if how == "after" else 0)
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+from celery import group
 from conftest import FleetMaker
 from integration.test_keys import ends, fleet_of, store_apart
 from polling import eventually
@@ -130,6 +132,48 @@ def test_force_is_for_one_run(make_fleet: FleetMaker) -> None:
     assert Path(f"{fleet.ledger}.after-finish").exists()
     assert ends(fleet, task_id) == [{"order": 1, "amount": 10}]
     assert len(fleet.notes("charged")) == 2
+
+
+def test_force_is_for_one_message_of_a_key_that_no_message_carries(
+    make_fleet: FleetMaker,
+) -> None:
+    """What was sent by name has the key that its worker made."""
+    fleet = fleet_of(make_fleet, "redis", "redis")
+    fleet.worker(concurrency=1)
+    arguments = ("charge_or_fail", (1, 10, "after"))
+    ids = [fleet.app.send_task(*arguments).id for _ in range(2)]
+    reasons = {fleet.record_of(task_id)["reason"] for task_id in ids}
+    assert reasons == {"interrupted"}
+
+    done = fleet.command("failed", "replay", "--all", "--force", "--yes", "--wait")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ends(fleet, *ids) == [{"order": 1, "amount": 10}] * 2
+    assert len(fleet.notes("charged")) == 2
+
+
+@pytest.mark.parametrize("is_group", [False, True])
+def test_a_link_of_which_no_key_can_be_made_fails_itself(
+    make_fleet: FleetMaker, is_group: bool
+) -> None:
+    """And not the task before it, which has had its effect."""
+    fleet = fleet_of(make_fleet, "redis", "redis")
+    fleet.worker()
+    tasks = fleet.app.tasks
+    link = tasks["keyed_result"].s(1)
+    last = tasks["ok"].si(float("nan")) | (group(link, link) if is_group else link)
+
+    result = last.apply_async()
+
+    failed = eventually(
+        lambda: len(found := fleet.records()) == 1 + is_group and found, every_s=0.2
+    )
+    assert {record["exception"] for record in failed.values()} == {
+        "celery_resilience.errors.NoKey"
+    }
+    assert result.parent is not None
+    assert result.parent.state == "SUCCESS"
+    assert not fleet.notes("keyed_result")
 
 
 def test_a_duplicate_waits_for_no_retry_that_was_revoked(

@@ -29,6 +29,10 @@ def boom_unless(self, path):
 @app.task(name="snoozed_for", bind=True)
 def snoozed_for(self, countdown_s):
     note("effect", self.request.id)
+
+@app.task(name="charge", bind=True)
+def charge(self, order_id):
+    note("effect", self.request.id)
 """.replace("\\\\n", "\\n")
 
 
@@ -36,7 +40,7 @@ def snoozed_for(self, countdown_s):
 def test_what_waits_runs_without_the_package(
     make_fleet: FleetMaker, broker: str
 ) -> None:
-    """Snoozed and replayed messages are Celery's own, with one header more."""
+    """Snoozed, replayed and keyed messages are Celery's own, with one header more."""
     fleet = make_fleet(broker)
     worker = fleet.worker()
     failed = fleet.send("boom_unless", str(fleet.folder / "never"))
@@ -45,6 +49,7 @@ def test_what_waits_runs_without_the_package(
     eventually(lambda: fleet.runs(snoozed.id) == 1)
     assert worker.stop() == 0
     assert fleet.failed.replay([record["id"]]).sent == [record["id"]]
+    keyed = fleet.send("charge", 1)
     (fleet.folder / "fleet_worker.py").write_text(UNINSTALLED)
 
     plain = fleet.worker()
@@ -52,7 +57,7 @@ def test_what_waits_runs_without_the_package(
     eventually(
         lambda: (
             sorted(line[1] for line in fleet.notes("effect"))
-            == sorted([failed.id, snoozed.id])
+            == sorted([failed.id, snoozed.id, keyed.id])
         ),
         what=plain.text,
     )
@@ -83,6 +88,30 @@ def test_half_a_fleet_keeps_what_it_runs(make_fleet: FleetMaker) -> None:
     assert 0 < len(kept) < 30
     assert kept <= failing
     assert all(fleet.runs(id) == 1 for id in fine | failing)
+
+
+def test_half_a_fleet_knows_the_keys_that_it_runs_itself(
+    make_fleet: FleetMaker,
+) -> None:
+    """Plain workers run what they get; among the others an effect is had once."""
+    fleet = make_fleet("redis")
+    ours = fleet.worker(concurrency=1)
+    fleet.is_plain = True
+    plain = fleet.worker(concurrency=1)
+    fleet.is_plain = False
+
+    results = [fleet.send("charge", 1) for _ in range(40)]
+
+    for result in results:
+        assert result.get(timeout=60) == {"order": 1, "amount": 10}
+    by_plain = plain.text.count("received")
+    assert 0 < by_plain < 40
+    assert ours.stop() == 0
+    assert ours.outcomes()["failed"] == 0
+    # The key of a run is told by the task to the ledger; a plain one has none.
+    runs = [line[3] for line in fleet.notes("charge")]
+    assert runs.count("charge:1") == 1
+    assert runs.count(None) == len(fleet.notes("charged")) - 1 == by_plain
 
 
 def test_a_replay_that_a_plain_worker_runs_is_given_up_by_hand(

@@ -21,7 +21,7 @@ from polling import eventually
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import make_url
 
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 
 #: `ONCE_TASKS=2000` for a long look.
 TASKS = int(os.environ.get("ONCE_TASKS", "300"))

@@ -149,6 +149,8 @@ def test_a_failed_replay_is_one_more_attempt(make_fleet: FleetMaker) -> None:
     done = fleet.command("failed", "replay", "--all", "--yes", "--wait")
     assert done.returncode == 1
     record = fleet.records()[id]
+    said = f"{record['id'][:8]} failed again: exception, ValueError: not yet"
+    assert said in done.stderr
     assert record["state"] == "unresolved"
     assert len(record["attempts"]) == 2
     assert record["replays"] == 1

@@ -102,6 +102,7 @@ def a_failed_document(
         settlement: Other facts of the settlement.
     """
     marks = {} if not number else replay_mark(str(record), str(token), number)
+    marks.update(settlement.pop("marks", {}))
     original = message or a_message(task_id=task_id, redelivered=redelivered)
     return envelope(
         a_settlement(task_id=task_id, attempt=attempt, marks=marks, **settlement),

@@ -436,3 +436,103 @@ def test_a_table_has_a_line_for_each_task_and_its_words() -> None:
     assert "lost_with_worker (t0, t1, t2 and 2 more)" in text
     assert MEANINGS[Fate.RUNS_AGAIN] in text
     assert MEANINGS[Fate.RETRIED] not in text
+
+
+# --- keys --------------------------------------------------------------------------------
+
+
+def charge(order: int) -> None:
+    """Has an argument."""
+
+
+def keyed(app: Celery | None = None, **options: Any) -> TaskExplained:
+    """What is said of a task with a key."""
+    app = app or an_app(task_time_limit=60)
+    app.task(
+        **{
+            "name": "charge",
+            "base": ResilientTask,
+            "shared": False,
+            "idempotency_key": "charge:{order}",
+            **options,
+        }
+    )(charge)
+    return by_name(app)["charge"]
+
+
+def test_a_key_is_told_with_what_it_asks_for() -> None:
+    """Beside what plain Celery does with the same task, which has no key."""
+    found = keyed(unique_enqueue=True)
+
+    assert found.acks_late is True
+    assert found.keys is not None
+    assert found.keys.key == "charge:{order}"
+    assert found.keys.asks_for == ("acks_late", "reject_on_worker_lost")
+    assert (found.keys.if_running, found.keys.if_done) == ("snooze", "return_saved")
+    assert found.on_dead_child == Fates(GONE, AGAIN)
+    assert found.on_dead_worker == Fates(Fate.LOST, AGAIN)
+    assert codes(found) == {"reruns_after_crash"}
+    assert codes(found, resilient=False) == {"lost_with_worker"}
+    endless = keyed(an_app())
+    assert "outlives_redelivery" not in codes(endless, resilient=False)
+    endless = keyed(an_app(task_acks_late=True))
+    assert "outlives_redelivery" in codes(endless, resilient=False)
+    document = json.loads(json.dumps(found.to_dict()))
+    assert document["keys"]["unique_enqueue"] is True
+    text = "\n".join(table([found]))
+    assert "charge: charge:{order}" in text
+    assert "acks_late, reject_on_worker_lost" in text
+    assert "it ends with the saved result" in text
+
+
+def test_what_the_task_and_the_app_say_is_no_wish_of_the_key() -> None:
+    """Plain Celery does it too."""
+    app = an_app(task_acks_late=True, task_time_limit=60)
+
+    found = keyed(app, reject_on_worker_lost=False)
+
+    assert found.keys is not None
+    assert found.keys.asks_for == ("acks_late",)
+    assert found.on_dead_child == Fates(GONE, KEPT)
+    assert found.on_dead_worker == Fates(FOR_EVER, AGAIN)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fate", "word"),
+    [
+        ("rerun", AGAIN, "it runs"),
+        ("fail", Fate.INTERRUPTED, "it fails as interrupted"),
+        (lambda order: True, Fate.LOOKED_AT, "a callable looks"),
+    ],
+)
+def test_an_interrupted_run_becomes_what_the_task_says(
+    policy: Any, fate: Fate, word: str
+) -> None:
+    """Not a second run, where it says fail."""
+    found = keyed(if_interrupted=policy)
+
+    assert found.on_dead_child.resilient is fate
+    assert found.on_dead_worker.resilient is fate
+    assert ("reruns_after_crash" in codes(found)) is (policy == "rerun")
+    assert word in "\n".join(table([found]))
+
+
+@pytest.mark.parametrize(
+    ("key", "told"), [(True, "all arguments"), (str, "a callable")]
+)
+def test_a_key_that_is_no_template_is_told_by_its_kind(key: Any, told: str) -> None:
+    """Its code is not shown."""
+    keys = keyed(idempotency_key=key).keys
+
+    assert keys is not None
+    assert keys.key == told
+
+
+def test_keys_without_a_store_wait() -> None:
+    """Only where there is a task that has one."""
+    app = AppFacts("amqp", has_store=False)
+    found = keyed()
+
+    assert "keys_wait" not in codes(explained(app))
+    assert "keys_wait" not in codes(found)
+    assert "keys_wait" in codes(explained(app, keys=found.keys))

@@ -28,7 +28,7 @@ TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in
 #: store, and may be imported by the adapters of the other rooms.
 ROOMS = {name.split("/")[0] for name in TREES if "/" in name}
 ENGINES = "stores"
-ADAPTERS = {"sql_store.py", "sql_table.py", "redis_store.py", "once_table.py"}
+ADAPTERS = {"sql_store.py", "sql_table.py", "redis_store.py"}
 
 #: Who knows rooms at all, besides themselves.
 INSTALLERS = {"__init__.py", "command.py", "install.py", "worker.py"}

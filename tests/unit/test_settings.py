@@ -205,6 +205,22 @@ def test_a_misspelt_setting_gets_a_suggestion(wrong: str, meant: str) -> None:
     )
 
 
+def test_a_file_in_the_place_of_a_host_is_told_as_it_should_be() -> None:
+    """A database of SQLite has no host."""
+    assert refusal({"resilience_store_url": "sqlite://shop.db"}) == (
+        "resilience_store_url must be written with three slashes, sqlite:///shop.db, or "
+        "four before an absolute path, got 'sqlite://shop.db'"
+    )
+
+
+def test_an_option_of_tasks_is_no_setting() -> None:
+    """It is told where it belongs."""
+    assert refusal({"resilience_idempotency_keep_s": 1}) == (
+        "resilience_idempotency_keep_s is no setting: idempotency_keep_s is an option of "
+        "a task"
+    )
+
+
 def test_an_unknown_setting_without_a_near_name_gets_no_suggestion() -> None:
     """A wild guess would mislead."""
     assert refusal({"resilience_zzz": 1}) == "unknown setting resilience_zzz"

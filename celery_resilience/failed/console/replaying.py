@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from celery_resilience.errors import BrokerUnavailable, ConfigurationError
@@ -18,7 +19,7 @@ from celery_resilience.failed.console.words import (
 )
 from celery_resilience.failed.filters import Filter, parse_state
 from celery_resilience.failed.pages import pages
-from celery_resilience.failed.record import State
+from celery_resilience.failed.record import State, Summary
 from celery_resilience.failed.replay import ReplayReport
 
 #: Seconds between two looks at replays that --wait waits for.
@@ -26,6 +27,23 @@ LOOK_S = 0.5
 
 #: Ids in one look at the store.
 PAGE = 500
+
+#: Replays that failed again and are told one by one; -o json names all.
+TOLD = 50
+
+
+@dataclass(slots=True)
+class Waited:
+    """
+    What became of the replays that were waited for.
+
+    Attributes:
+        ended: How many are in which state.
+        failed_again: Those that are unresolved once more, by id.
+    """
+
+    ended: dict[str, int] = field(default_factory=dict)
+    failed_again: dict[str, Summary] = field(default_factory=dict)
 
 
 def replay(failed: Operator, words: Words) -> int:
@@ -42,14 +60,14 @@ def replay(failed: Operator, words: Words) -> int:
     if not is_agreed("replay", failed, ids, words):
         return REFUSED
     report = _send(failed, ids, words)
-    waited: dict[str, int] = {}
+    waited = Waited()
     try:
         if words["wait"] and report.sent:
             show.say(f"waiting for {len(report.sent)} replays; Ctrl-C ends the waiting")
-            waited = _wait(failed, report.sent)
+            _wait(failed, report.sent, waited)
     finally:
         _tell(report, waited, words)
-    if report.failed or report.skipped or waited.get(State.UNRESOLVED):
+    if report.failed or report.skipped or waited.ended.get(State.UNRESOLVED):
         return SOME_FAILED
     return code
 
@@ -75,15 +93,23 @@ def _send(failed: Operator, ids: Sequence[str], words: Words) -> ReplayReport:
                 f"{id[:8]} may have been sent: whoever collects a minute later sends it "
                 f"again, which runs once; `failed reopen {id[:8]}` gives it up"
             )
-        _tell(report, {}, words)
+        _tell(report, Waited(), words)
         raise
 
 
-def _tell(report: ReplayReport, waited: Mapping[str, int], words: Words) -> None:
+def _tell(report: ReplayReport, waited: Waited, words: Words) -> None:
     for id in report.skipped:
         show.say(f"{id[:8]} is not unresolved: skipped")
     for id, why in report.failed.items():
         show.say(f"{id[:8]} was not sent: {why}")
+    again = [*waited.failed_again.values()]
+    for found in again[:TOLD]:
+        show.say(
+            f"{found.id[:8]} failed again: {found.reason}, "
+            f"{found.exception.rpartition('.')[2]}: {found.message}"
+        )
+    if len(again) > TOLD:
+        show.say(f"and {len(again) - TOLD} more failed again")
     if report.in_chord:
         show.say(show.CHORDS.format(count=report.in_chord))
     if words["output"] == "json":
@@ -96,16 +122,20 @@ def _tell(report: ReplayReport, waited: Mapping[str, int], words: Words) -> None
         }
         if report.in_doubt:
             result["in_doubt"] = report.in_doubt
-        if waited:
-            result["ended"] = waited
+        if waited.ended:
+            result["ended"] = waited.ended
+        if waited.failed_again:
+            result["failed_again"] = {
+                id: found.reason for id, found in waited.failed_again.items()
+            }
         show.documents([result], "json", one=True)
         return
     show.say(
         f"{len(report.sent)} sent, {len(report.failed)} refused, "
         f"{len(report.skipped)} skipped"
     )
-    if waited:
-        show.say(", ".join(f"{n} {state}" for state, n in waited.items()))
+    if waited.ended:
+        show.say(", ".join(f"{n} {state}" for state, n in waited.ended.items()))
 
 
 def _dry_run(failed: Operator, ids: Sequence[str], words: Words) -> None:
@@ -119,7 +149,7 @@ def _dry_run(failed: Operator, ids: Sequence[str], words: Words) -> None:
         unknown += found.summary.task not in app.tasks
         chords += bool(found.document["in_chord"])
         if words["output"] != "json":
-            show.entry(found.summary)
+            show.entry(found.summary, key=found.document["idempotency_key"])
     if words["output"] == "json":
         result = {"schema": 1, "would_send": would_send, "skipped": skipped}
         show.documents([result], "json", one=True)
@@ -130,9 +160,9 @@ def _dry_run(failed: Operator, ids: Sequence[str], words: Words) -> None:
         show.say(show.CHORDS.format(count=chords))
 
 
-def _wait(failed: Operator, ids: Sequence[str]) -> dict[str, int]:
-    """Wait until every replay has ended, and count how."""
-    waiting, ended = set(ids), dict.fromkeys(map(str, State), 0)
+def _wait(failed: Operator, ids: Sequence[str], waited: Waited) -> None:
+    """Wait until every replay has ended, and fill in how."""
+    waiting = set(ids)
     while waiting:
         failed.tasks.collect()
         for page in pages(sorted(waiting), PAGE):
@@ -140,8 +170,10 @@ def _wait(failed: Operator, ids: Sequence[str]) -> dict[str, int]:
             for found in failed.store.list(Filter(state=None, ids=tuple(page))):
                 if found.state is State.REPLAYING:
                     waiting.add(found.id)
-                else:
-                    ended[found.state] += 1
+                    continue
+                state = str(found.state)
+                waited.ended[state] = waited.ended.get(state, 0) + 1
+                if found.state is State.UNRESOLVED:
+                    waited.failed_again[found.id] = found
         if waiting:
             time.sleep(LOOK_S)
-    return {state: count for state, count in ended.items() if count}

@@ -80,9 +80,10 @@ def _lines(rows: Iterable[tuple[str, ...]], file: TextIO) -> int:
     return count
 
 
-def entry(summary: Summary) -> None:
-    """Print a failed task in one line, with its whole id."""
-    _print(" ".join((summary.id, *_cells(summary)[1:])))
+def entry(summary: Summary, key: str | None = None) -> None:
+    """Print a failed task in one line, with its whole id, and its key if it has one."""
+    cells = (summary.id, *_cells(summary)[1:])
+    _print(" ".join(cells if key is None else (*cells, f"[key {key}]")))
 
 
 def detail(found: FailedTask, *, verbose: bool) -> None:

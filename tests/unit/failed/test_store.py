@@ -856,6 +856,22 @@ def test_a_claim_takes_what_is_unresolved(store: FailedTaskStore) -> None:
     assert state_of(store, claim.id) == (State.REPLAYING, Phase.CLAIMED)
 
 
+def test_a_claim_has_the_name_of_its_key(store: FailedTaskStore) -> None:
+    """As the worker said it: a message that was sent by name carries none."""
+    documents = [
+        failed("named", facts={"idempotency_key": "charge:1"}),
+        failed("marked", marks={"key": ["charge:2", ""]}),
+        failed("keyless"),
+    ]
+    store.keep(documents)
+
+    claims = store.claim([document["id"] for document in documents])
+    stale = store.take_stale_claims(older_than_s=-1, limit=10)
+
+    assert [claim.key for claim in claims] == ["charge:1", "charge:2", None]
+    assert {claim.key for claim in stale} == {"charge:1", "charge:2", None}
+
+
 def test_a_claim_gives_what_it_took_in_the_order_asked_for(
     store: FailedTaskStore,
 ) -> None:

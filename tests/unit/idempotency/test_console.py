@@ -112,6 +112,42 @@ def test_a_list_as_json_says_all(app: Celery, store: KeyStore, capsys: Any) -> N
     assert "secret" not in json.dumps(done)
 
 
+def test_the_newest_come_first(app: Celery, store: KeyStore, capsys: Any) -> None:
+    """Whatever their digits; of more than are shown, the older are left out."""
+    for digits in ("b2", "a1", "c3"):
+        remember(store, digits)
+
+    assert run(app, "list", limit=2) == 0
+
+    captured = capsys.readouterr()
+    names = [line.split("\t")[6] for line in captured.out.splitlines()[1:]]
+    assert names == ["charge:c3", "charge:a1"]
+    assert "the newest 2 of 3" in captured.err
+
+
+def test_on_a_terminal_the_columns_are_aligned(
+    app: Celery, store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a name is."""
+    remember(store, "a1", task="shop.mail.to.everybody")
+    remember(store, "b2")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+
+    assert run(app, "list") == 0
+
+    head, *lines = terminal.getvalue().splitlines()
+    assert all(line.index("charge:") == head.index("NAME") for line in lines)
+    assert all(line.index("task-") == head.index("TASK ID") for line in lines)
+
+
+class Terminal(io.StringIO):
+    """What is printed to it is read by a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_list_is_filtered_and_cut(app: Celery, store: KeyStore, capsys: Any) -> None:
     """And says that it was cut, or that nothing matches."""
     remember(store, "a1", task="shop.mail")

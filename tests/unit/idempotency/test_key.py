@@ -251,6 +251,48 @@ def test_the_fingerprint_is_of_all_arguments() -> None:
     assert one.fingerprint != other.fingerprint
 
 
+@pytest.mark.parametrize("spec", ["{a}", True])
+def test_a_parameter_that_is_added_with_a_default_changes_no_call(spec: Any) -> None:
+    """A duplicate may have been sent before the app was deployed anew."""
+
+    def before(a: int, b: list[int] | None = None) -> None: ...
+
+    def after(
+        a: int,
+        b: list[int] | None = None,
+        *more: int,
+        c: Any = 1,
+        d: Any = (),
+        **_: Any,
+    ) -> None: ...
+
+    old, new = maker(spec, before), maker(spec, after)
+
+    assert new.make((1,), {}) == old.make((1,), {})
+    assert new.make((1, [2]), {"c": 1, "d": []}) == old.make((1, [2]), {})
+    others: list[dict[str, Any]] = [
+        *({"c": 2}, {"c": True}, {"c": 1.0}, {"c": "1"}, {"c": None}),
+        *({"d": [1]}, {"e": None}),
+    ]
+    made = [new.make((1,), kwargs) for kwargs in [{}, *others]]
+    assert len({key.fingerprint for key in made if key is not None}) == len(made)
+
+
+def test_a_default_may_have_no_canonical_form() -> None:
+    """It is none of the call's arguments."""
+
+    def body(a: int, b: Any = print) -> None: ...
+
+    made = maker(True, body)
+    one, other = made.make((1,), {}), made.make((2,), {})
+    assert one == made.make((), {"a": 1})
+    assert one != other
+    assert one is not None
+    assert one.fingerprint
+    with pytest.raises(NoKey, match="'b' holds a object"):
+        made.make((1,), {"b": object()})
+
+
 def test_what_has_no_canonical_form_is_not_compared() -> None:
     """As long as the key needs it not; else the message says what to do."""
     thing = object()

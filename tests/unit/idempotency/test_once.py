@@ -51,7 +51,8 @@ from sqlalchemy.pool import NullPool
 
 from celery_resilience import ConfigurationError, once, purge_once
 from celery_resilience.errors import SchemaMismatch
-from celery_resilience.idempotency import once_sql, once_table
+from celery_resilience.idempotency.once import sql as once_sql
+from celery_resilience.idempotency.once import sql_table as once_table
 
 PROCESS = Path(__file__).parents[2] / "apps" / "once_process.py"
 
@@ -495,7 +496,11 @@ def test_a_missing_table_is_told_with_three_ways_to_make_it(
             pytest.raises(SchemaMismatch, match="no table resilience_once") as told,
         ):
             ask(connection)
-        for way in ("create_once_table(engine)", "alembic.upgrade(op)", "migrate"):
+        kind = engine.dialect.name.replace("mariadb", "mysql")
+        for way in (
+            *("create_once_table(engine)", "alembic.upgrade(op)", "migrate"),
+            f"schema --sql --once {kind}`",
+        ):
             assert way in str(told.value)
 
 
@@ -1085,9 +1090,11 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import StaticPool
 from celery import Celery
 from celery_resilience import Resilience, ResilientTask, once
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 
-engine = create_engine("sqlite://", poolclass=StaticPool)
+engine = create_engine(
+    "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+)
 once_table.create(engine)
 
 def ask():
@@ -1125,6 +1132,33 @@ ask()
     assert printed[1:] == ["bank", "bank", "shop.eu", "bank"]
 
 
+def test_a_thread_has_the_namespace_of_the_only_app() -> None:
+    """Celery's current app is one of each thread; of several none is guessed."""
+    printed = run_python(
+        ASK
+        + """
+from threading import Thread
+
+def ask_in_a_thread():
+    thread = Thread(target=ask)
+    thread.start()
+    thread.join()
+
+shop = Celery("shop", broker="memory://")
+ask_in_a_thread()
+bank = Celery("bank", broker="memory://")
+ask_in_a_thread()
+bank.set_default()
+ask_in_a_thread()
+"""
+    ).splitlines()
+
+    assert printed[0] == "shop"
+    assert "set_default()" in printed[1]
+    assert "give namespace=" in printed[1]
+    assert printed[2] == "bank"
+
+
 def test_the_door_imports_no_library() -> None:
     """And a Connection needs nothing of SQLAlchemy's asyncio."""
     printed = run_python(
@@ -1133,7 +1167,7 @@ import sys
 from celery_resilience import once
 print([n for n in ("sqlalchemy", "alembic") if n in sys.modules])
 from sqlalchemy import create_engine
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 engine = create_engine("sqlite://")
 with engine.begin() as connection:
     once_table.create(connection)

@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_resilience import ConfigurationError, Resilience, once
 from celery_resilience.command import resilience
-from celery_resilience.idempotency import once_table
+from celery_resilience.idempotency.once import sql_table as once_table
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ class Obj:
 ENV = """
     from alembic import context
     from sqlalchemy import MetaData, create_engine
-    from celery_resilience.idempotency.once_table import once_table
+    from celery_resilience.idempotency.once.sql_table import once_table
 
     url = context.config.get_main_option("sqlalchemy.url")
     metadata = MetaData()

@@ -11,9 +11,10 @@ from celery import Celery
 from celery_resilience import ConfigurationError, ResilientTask
 
 
-def registered(**options: Any) -> Any:
+def registered(conf: dict[str, Any] | None = None, /, **options: Any) -> Any:
     """A task with these options, bound to an app."""
     app = Celery("shop", set_as_current=False, broker="memory://")
+    app.conf.update(conf or {})
     options.setdefault("idempotency_key", "charge:{order_id}")
 
     @app.task(base=ResilientTask, name="shop.charge", shared=False, **options)
@@ -31,6 +32,31 @@ def test_a_key_asks_that_a_message_outlives_its_worker() -> None:
     assert registered(idempotency_key=None).acks_late is False
 
 
+def test_a_key_that_comes_by_an_annotation_asks_for_the_same() -> None:
+    """Also where the app says something; but an annotation that does is heard."""
+    key = {"idempotency_key": "charge:{order_id}"}
+
+    def annotated(conf: dict[str, Any] | None = None, /, **more: Any) -> Any:
+        annotations = {"shop.charge": {**key, **more}}
+        conf = {"task_annotations": annotations, **(conf or {})}
+        return registered(conf, idempotency_key=None)
+
+    assert annotated().has_key
+    assert annotated().acks_late is True
+    assert annotated().reject_on_worker_lost is True
+    assert annotated({"task_acks_late": False}).acks_late is True
+    assert annotated(acks_late=False).acks_late is False
+    assert annotated({"task_acks_late": True}, acks_late=False).acks_late is False
+
+
+def test_where_we_are_off_a_key_asks_for_nothing() -> None:
+    """Plain Celery would deliver what kills its process for ever."""
+    task = registered({"resilience_enabled": False})
+
+    assert task.acks_late is False
+    assert task.reject_on_worker_lost is None
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -43,7 +69,21 @@ def test_a_key_asks_that_a_message_outlives_its_worker() -> None:
         ({"if_done": len}, "if_done must be one of 'return_saved', 'error', 'rerun"),
         ({"if_interrupted": "skip"}, "or a callable that looks whether the effect"),
         ({"unique_enqueue": 1}, "unique_enqueue must be True or False, got 1"),
-        ({"unique_enqueue": True, "idempotency_key": None}, "needs an idempotency_k"),
+        *(
+            ({name: value, "idempotency_key": None}, f"{name}: nothing without an ide")
+            for name, value in (
+                ("unique_enqueue", True),
+                ("if_running", "skip"),
+                ("if_done", "error"),
+                ("if_interrupted", "fail"),
+                ("idempotency_keep_s", 60),
+                ("idempotency_lease_s", 60),
+            )
+        ),
+        ({"idempotency_key": "charge"}, "without one all calls are the same effect"),
+        ({"idempotency_key": lambda: "x"}, "takes no call that the task takes"),
+        ({"idempotency_key": lambda a, b: "x"}, "takes no call that the task takes"),
+        ({"if_interrupted": lambda: True}, "if_interrupted is called as the task is"),
         ({"idempotency_key": "x:{amount}"}, "got {amount} in 'x:{amount}'"),
         ({"idempotency_key": 17}, "idempotency_key must be a template"),
     ],
@@ -71,6 +111,68 @@ def test_a_misspelt_option_is_refused(name: str, meant: str) -> None:
     said = f"unknown option {name}, did you mean {meant}?"
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         registered(**{name: "x"})
+
+
+@pytest.mark.parametrize("name", ["circuits", "redacted", "redactor"])
+def test_a_name_that_an_app_may_have_for_something_else_is_its_own(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is told beside which option of ours it stands."""
+    assert getattr(registered(**{name: "x"}), name) == "x"
+
+    said = f"task shop.charge has {name}, which is none of our options: redact is"
+    assert (said in caplog.messages) is name.startswith("redact")
+
+
+def test_a_base_class_may_say_what_duplicates_of_its_tasks_become() -> None:
+    """Also where some of them have no key."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+
+    class Base(ResilientTask):
+        abstract = True
+        if_running = "skip"
+
+    @app.task(base=Base, name="keyless", shared=False)
+    def keyless() -> None: ...
+
+    @app.task(base=Base, name="keyed", shared=False, idempotency_key="nightly")
+    def keyed() -> None: ...
+
+    assert not app.tasks["keyless"].has_key
+    assert app.tasks["keyed"].has_key
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda order, cents=0: "x",
+        lambda *args, **kwargs: "x",
+        lambda order, **_: "x",
+        lambda order, *, cents: "x",
+        lambda order, /, cents: "x",
+        lambda first, second=None: "x",
+        lambda first: "x",
+        str,
+    ],
+)
+def test_a_callable_that_takes_some_call_is_taken(function: Any) -> None:
+    """Only the caller knows how it calls."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+
+    @app.task(base=ResilientTask, name="t", idempotency_key=function, shared=False)
+    def charge(order: int, cents: int = 0) -> None: ...
+
+    assert app.tasks["t"].has_key
+
+
+@pytest.mark.parametrize("name", ["idempotency_key", "if_running", "unique_enqueue"])
+@pytest.mark.parametrize("key", [None, "charge:{order_id}"])
+def test_an_option_of_tasks_is_none_of_a_call(name: str, key: str | None) -> None:
+    """Celery would put it on the message, where nobody reads it."""
+    task = registered(idempotency_key=key)
+
+    with pytest.raises(ConfigurationError, match=f"{name}: no option of a call"):
+        task.apply_async((1,), **{name: "x"})
 
 
 def test_an_option_of_the_apps_own_is_none_of_ours() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -20,8 +22,10 @@ from tcp_proxy import Proxy, proxy_to, url_through
 from unit.conftest import Backend
 from unit.specimens import HOSTILE_TEXT, fresh_name
 
+from celery_resilience import idempotency
 from celery_resilience.errors import StoreUnavailable
 from celery_resilience.idempotency.record import Begun, Claim, KeyState, Verdict
+from celery_resilience.idempotency.sql_store import SqlKeyStore
 from celery_resilience.idempotency.store import KeyStore
 from celery_resilience.stores.sql import SqlDatabase
 
@@ -760,7 +764,7 @@ def test_any_text_is_taken(store: KeyStore) -> None:
 # --- races ----------------------------------------------------------------------------
 
 RACERS = 16
-ROUNDS = 60
+ROUNDS = 100
 
 
 def race(make_store: MakeStore, namespace: str) -> Iterator[list[tuple[str, int]]]:
@@ -805,6 +809,67 @@ def test_of_many_racers_one_has_the_key(make_store: MakeStore, epoch: int) -> No
 
     for answers in race(make_store, namespace):
         assert sorted(answers) == [("busy", 0)] * (RACERS - 1) + [("run", epoch)]
+
+
+WRONG_CLOCKS = [
+    pytest.param(off_s, id=name)
+    for name, off_s in (("fast", HOUR), ("slow", -HOUR), ("years", 1e9))
+]
+
+
+@pytest.mark.parametrize("off_s", WRONG_CLOCKS)
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_worker_whose_clock_is_wrong_does_no_harm(
+    request: Any, kind: str, off_s: float
+) -> None:
+    """Neither does it take what another has, nor hold or forget what it has itself."""
+    database = SqlDatabase(request.getfixturevalue(f"{kind}_url")())
+    right = SqlKeyStore(database, "shop")
+    wrong = SqlKeyStore(database, "shop", clock=lambda: time.time() + off_s)
+
+    for one, other in ((right, wrong), (wrong, right)):
+        key = fresh_name()
+        held = begin(one, key=key, lease_s=60.0, keep_s=60.0)
+        assert other.begin(a_claim(key, owner="task-2")).verdict is Verdict.BUSY
+        assert one.renew([held]) == set()
+        assert other.begin(a_claim(key, owner="task-2")).verdict is Verdict.BUSY
+        assert one.finish(held, KeyState.DONE, result=b"r") is None
+        assert other.begin(a_claim(key, owner="task-2")).verdict is Verdict.DONE
+        assert one.begin(a_claim(key, owner="task-3")).verdict is Verdict.DONE
+        short = begin(one, key=fresh_name(), lease_s=MOMENT)
+        begin_when_free(other, short._replace(owner="task-2", token="other"))
+        waiting = a_claim(fresh_name(), owner="task-4", lease_s=60.0)
+        assert one.reserve(waiting) is None
+        assert other.reserve(waiting._replace(owner="task-5")) == "task-4"
+
+    database.close()
+
+
+def test_sqlite_goes_by_the_clock_of_its_host(tmp_path: Path) -> None:
+    """There is one of it; and the test above would see a clock that is used."""
+    database = SqlDatabase(f"sqlite:///{tmp_path}/keys.sqlite3")
+    fast = SqlKeyStore(database, "shop", clock=lambda: time.time() + HOUR)
+    begin(SqlKeyStore(database, "shop"), lease_s=60.0)
+
+    assert fast.begin(a_claim(owner="task-2")).verdict is Verdict.RUN
+
+    database.close()
+
+
+def test_no_other_part_of_keys_reads_a_wall_clock() -> None:
+    """Two workers' clocks may be an hour apart: Redis keeps the time, too."""
+    found = {
+        (path.name, f"{call.value.id}.{call.attr}")
+        for path in Path(idempotency.__file__).parent.glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Attribute)
+        and isinstance(call.value, ast.Name)
+        and call.attr in ("time", "time_ns", "now", "utcnow", "today")
+        and call.value.id in ("time", "datetime", "date")
+    }
+
+    # A retry's eta is a moment of this host's.
+    assert found == {("sql_store.py", "time.time"), ("task.py", "datetime.now")}
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def transaction_of(session: Any) -> DjangoTransaction:
 
 class DjangoTransaction:
     """
-    `once_sql.Transaction` of a Django connection.
+    `sql.Transaction` of a Django connection.
 
     Args:
         connection: `django.db.connection`, or one of `connections`.

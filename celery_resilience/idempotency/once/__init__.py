@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from celery_resilience.errors import ConfigurationError
-from celery_resilience.idempotency import once_sql
+from celery_resilience.idempotency.once import sql as once_sql
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -233,10 +233,12 @@ def _with_transaction(
     """What *work* comes to in the session's transaction, awaitable if it is async."""
     kind = _library_of(session)
     if kind == "django":
-        django = import_module("celery_resilience.idempotency.django_once")
+        django = import_module("celery_resilience.idempotency.once.django_transaction")
         return done(work(django.transaction_of(session)))
     if kind == "sqlalchemy":
-        library = import_module("celery_resilience.idempotency.sqlalchemy_once")
+        library = import_module(
+            "celery_resilience.idempotency.once.sqlalchemy_transaction"
+        )
         if library.is_async(session):
             return _awaited(library, session, work, done_async)
         return done(work(library.transaction_of(session)))

@@ -231,7 +231,7 @@ class Claim:
             if cause is not None and _code(cause) == MYSQL_DUPLICATE:
                 return False
             if cause is not None and is_missing_table(cause):
-                raise missing_table() from exc
+                raise missing_table(self._transaction.vendor) from exc
             raise
 
 
@@ -251,7 +251,7 @@ def purge(
     except Exception as exc:
         cause = transaction.cause(exc)
         if cause is not None and is_missing_table(cause):
-            raise missing_table() from exc
+            raise missing_table(transaction.vendor) from exc
         raise
 
 
@@ -289,12 +289,12 @@ def is_missing_table(error: BaseException) -> bool:
     )
 
 
-def missing_table() -> SchemaMismatch:
+def missing_table(database: str) -> SchemaMismatch:
     """The error that says how the table is made."""
     return SchemaMismatch(
         f"there is no table {TABLE} in the database of this transaction. Make it "
         "with Resilience(app).create_once_table(engine); or in an Alembic revision, by "
         "celery_resilience.idempotency.alembic.upgrade(op); or in Django, with "
         "'celery_resilience.django' in INSTALLED_APPS and `manage.py migrate`. "
-        "`celery -A app resilience schema --sql --once postgresql` prints it"
+        f"`celery -A app resilience schema --sql --once {database}` prints it"
     )

@@ -68,7 +68,7 @@ def _refused(session: Any) -> ConfigurationError:
 
 class SqlalchemyTransaction:
     """
-    `once_sql.Transaction` of a session or connection.
+    `sql.Transaction` of a session or connection.
 
     Args:
         session: The caller's; it begins by itself, as with every statement.

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from celery_resilience.errors import ConfigurationError
-from celery_resilience.idempotency.once_sql import NAME_CHARS, TABLE
+from celery_resilience.idempotency.once.sql import NAME_CHARS, TABLE
 from celery_resilience.stores.sql_dialects import TABLE_OPTIONS, dialect_of
 
 #: By (namespace, created_at): keys are purged by their age.
