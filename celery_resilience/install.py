@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import Celery, current_app, current_task, signals
 
 from celery_resilience import flags
+from celery_resilience.draining import shared
 from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
@@ -221,6 +222,11 @@ class Installation:
         """The flag, or the setting."""
         return self.flags.get("max_crashes") or self.settings.max_crashes
 
+    def flag_or_setting(self, name: str) -> Any:
+        """What the worker's flag of that name says, or else the setting."""
+        flag = self.flags.get(name)
+        return getattr(self.settings, name) if flag is None else flag
+
     def failed_queues(self) -> list[str]:
         """Every failed queue of the app, the default first."""
         from celery_resilience.failed.routes import failed_queues
@@ -404,6 +410,11 @@ def install(app: Celery) -> Installation:
             prepare_worker(installation, sender)
 
     def on_worker_process_init(**_: Any) -> None:
+        shared_flags = shared()
+        if shared_flags is not None and installation.child is not None:
+            from celery_resilience.lifecycle.signals import shield_child
+
+            shield_child(shared_flags)
         told = os.environ.get(WORKER_VARIABLE)
         if told and installation.child is None and installation.settings.enabled:
             from celery_resilience.worker import prepare_spawned_child

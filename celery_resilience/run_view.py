@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery_resilience.draining import is_draining
+
 #: Where a request remembers the name of its key, its run with it, and that another
 #: task goes on under its id.
 KEY_NAME = "_resilience_key"
@@ -37,3 +39,13 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    @property
+    def stopping(self) -> bool:
+        """
+        Whether the worker drains: a long body may end early, or hand over.
+
+        Costs a fraction of a microsecond, so that a loop may ask in each round. Always
+        False in a child that was spawned and not forked.
+        """
+        return is_draining()

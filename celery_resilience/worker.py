@@ -14,7 +14,7 @@ import click
 from celery import bootsteps, signals
 from celery.utils.imports import symbol_by_name
 
-from celery_resilience import _celery
+from celery_resilience import _celery, draining
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
@@ -33,6 +33,8 @@ from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.lifecycle.bootstep import Lifecycle, lifecycle_step
+from celery_resilience.lifecycle.policy import StopConditions
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
@@ -86,6 +88,17 @@ class WorkerSetup:
             gate=Gate(
                 lambda request: worker._process_task(request),
                 start=self._start_releasing,
+            ),
+        )
+        flag = installation.flags.get
+        self.lifecycle = Lifecycle(
+            worker,
+            draining.share(),
+            drain_timeout_s=installation.flag_or_setting("drain_timeout_s"),
+            conditions=StopConditions(
+                after_s=flag("stop_after_s"),
+                after_tasks=flag("stop_after_tasks"),
+                when_empty=bool(flag("stop_when_empty")),
             ),
         )
         self.starts = StartGuard(
@@ -161,6 +174,9 @@ class WorkerSetup:
         )
         step = delivery_step(self.deliveries, visibility)
         replace_step(self.app, "consumer", step)
+        life = self.lifecycle
+        life.attach()
+        replace_step(self.app, "worker", lifecycle_step(life))
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
@@ -173,7 +189,8 @@ class WorkerSetup:
         )
         FailureLog(installation.settings.log_format).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
-        log = WorkerLog(self.deliveries, self.start_line)
+        log = WorkerLog(self.deliveries, self.start_line, life.drain.words)
+        log.attach()
         warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
@@ -183,8 +200,9 @@ class WorkerSetup:
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
 
-        def on_shutting_down(sender: Any = None, **_: Any) -> None:
+        def on_shutting_down(sender: Any = None, sig: str = "", **_: Any) -> None:
             if sender == hostname:
+                life.begin(sig)
                 # What this stop cuts off is no crash; the store may be slow.
                 threading.Thread(target=self.starts.forget_worker, daemon=True).start()
 
@@ -192,7 +210,7 @@ class WorkerSetup:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
-                log.stopped()
+                life.ended()
 
         signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
         signals.worker_shutting_down.connect(
@@ -218,7 +236,7 @@ class WorkerSetup:
             f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
             f"at most {installation.max_crashes} crashes; "
             f"{'collects here' if self.collects else 'does not collect here'}"
-            f"{self._other_queues()}"
+            f"{self._other_queues()}; {self.lifecycle.words()}"
         )
 
     def _other_queues(self) -> str:
