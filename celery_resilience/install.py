@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.idempotency.task import KeyGuard
+    from celery_resilience.lifecycle.bootstep import Lifecycle
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -143,12 +144,14 @@ class Installation:
     Attributes:
         app: The Celery app.
         child: What surrounds a body; None outside a worker, or when it is off.
+        lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
     """
 
     def __init__(self, app: Celery) -> None:
         self.app = app
         self.child: ChildRooms | None = None
+        self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
         self._stores: dict[str, Any] = {}
 
@@ -415,6 +418,8 @@ def install(app: Celery) -> Installation:
             from celery_resilience.lifecycle.signals import shield_child
 
             shield_child(shared_flags)
+            if installation.lifecycle is not None:
+                installation.lifecycle.forked()
         told = os.environ.get(WORKER_VARIABLE)
         if told and installation.child is None and installation.settings.enabled:
             from celery_resilience.worker import prepare_spawned_child

@@ -33,7 +33,11 @@ from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.idempotency.task import KeyGuard
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
-from celery_resilience.lifecycle.bootstep import Lifecycle, lifecycle_step
+from celery_resilience.lifecycle.bootstep import (
+    Lifecycle,
+    connection_step,
+    lifecycle_step,
+)
 from celery_resilience.lifecycle.policy import StopConditions
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
@@ -100,6 +104,9 @@ class WorkerSetup:
                 after_tasks=flag("stop_after_tasks"),
                 when_empty=bool(flag("stop_when_empty")),
             ),
+            health_address=installation.flag_or_setting("health_port"),
+            waiting_at_gate=self.deliveries.gate.waiting,
+            ask_store=self._ask_store if installation.store_choice.url else None,
         )
         self.starts = StartGuard(
             installation.start_store,
@@ -152,6 +159,7 @@ class WorkerSetup:
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
+        self.lifecycle.listen()
 
     @property
     def collects(self) -> bool:
@@ -176,7 +184,11 @@ class WorkerSetup:
         replace_step(self.app, "consumer", step)
         life = self.lifecycle
         life.attach()
+        if life.conditions.after_tasks is not None:
+            self.deliveries.on_closed = life.delivery_closed
         replace_step(self.app, "worker", lifecycle_step(life))
+        replace_step(self.app, "consumer", connection_step(life))
+        installation.lifecycle = life
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
@@ -242,6 +254,12 @@ class WorkerSetup:
     def _other_queues(self) -> str:
         queues = ", ".join(self.collect_queues)
         return f"; dead-letter queues {queues}" if queues else ""
+
+    def _ask_store(self) -> None:
+        """Raise what the store says, if it does not answer."""
+        store = self.installation.start_store()
+        if store is not None:
+            store.unfinished("health", window_s=1.0)
 
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -90,6 +90,7 @@ class Deliveries:
         counts: Settlements by outcome since the worker started.
         received: Deliveries since the worker started.
         held: Messages that are dealt with but wait for the outbox before their ack.
+        on_closed: Called after each settlement; None where nobody counts.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Deliveries:
         self.counts: Counter[Outcome] = Counter()
         self.received = 0
         self.held: set[Any] = set()
+        self.on_closed: Callable[[], None] | None = None
         self._open: dict[int, Any] = {}
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
@@ -125,6 +127,8 @@ class Deliveries:
         """A delivery is settled."""
         self._open.pop(id(request), None)
         self.counts[outcome] += 1
+        if self.on_closed is not None:
+            self.on_closed()
 
     def drop_unstarted(self, keep: set[Any]) -> None:
         """

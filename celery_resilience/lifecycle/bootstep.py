@@ -6,22 +6,38 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from celery import bootsteps
 
 from celery_resilience import _celery, threads
+from celery_resilience._kombu import messages_in
 from celery_resilience.draining import SharedFlags
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
-from celery_resilience.lifecycle.policy import ExitCode, StopConditions
+from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
+from celery_resilience.lifecycle.policy import (
+    ExitCode,
+    StopConditions,
+    is_idle_long_enough,
+)
+from celery_resilience.lifecycle.processes import can_answer
+from celery_resilience.lifecycle.server import HealthServer
 from celery_resilience.lifecycle.signals import Interrupter, kill
 from celery_resilience.outcome import Reason, Settlement
+from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.worker")
 
 #: Seconds between two looks at the stop conditions that nobody tells of.
 TICK_S = 1.0
+
+#: Seconds between two looks at the other conditions.
+LOOK_S = 0.25
+
+#: Seconds between two questions to the store.
+STORE_S = 10.0
 
 
 class Lifecycle:
@@ -33,6 +49,13 @@ class Lifecycle:
         flags: Shared with its children.
         drain_timeout_s: See `Drain`.
         conditions: When it drains by itself.
+        health_address: Where `/live` and `/ready` are answered; None: nowhere.
+        waiting_at_gate: How many requests wait to run alone.
+        ask_store: Raises what the store says where it does not answer; None: there is
+            no store.
+
+    Raises:
+        ConfigurationError: The address is taken.
     """
 
     def __init__(
@@ -42,6 +65,9 @@ class Lifecycle:
         *,
         drain_timeout_s: float | None,
         conditions: StopConditions,
+        health_address: tuple[str, int] | None = None,
+        waiting_at_gate: Callable[[], set[Any]] = set,
+        ask_store: Callable[[], None] | None = None,
     ) -> None:
         self.worker = worker
         self.flags = flags
@@ -52,6 +78,12 @@ class Lifecycle:
         self._interrupter = Interrupter(self._cut_off)
         self._is_program = False
         self._stops: list[Any] = []
+        self._watch = HealthWatch(self, waiting_at_gate, ask_store)
+        self._server: HealthServer | None = None
+        self._address = health_address
+        self._closed = 0
+        self._timer: Any = None
+        self._entry: Any = None
 
     def attach(self) -> None:
         """Hear of what is cut off, in place of an earlier worker of this process."""
@@ -82,6 +114,98 @@ class Lifecycle:
         if self._is_program:
             self._interrupter.install()
         threads.start_deaf(Timekeeper(self.drain, self).run, "drain")
+        if self.conditions.words():
+            threads.start_deaf(self._look_at_conditions, "stop-conditions")
+        if self._server is not None:
+            self._server.serve()
+            threads.start_deaf(self._watch.run, "health-watch")
+
+    def listen(self) -> None:
+        """
+        Take the health port, before the pool forks.
+
+        Raises:
+            ConfigurationError: It is taken.
+        """
+        if self._address is not None:
+            watch = self._watch
+            answers = {"/live": watch.live, "/ready": watch.ready}
+            self._server = HealthServer(self._address, answers, watch.facts)
+
+    def forked(self) -> None:
+        """Child: let go what is the main process's alone."""
+        if self._server is not None:
+            self._server.close_in_child()
+
+    # --- the connection ------------------------------------------------------------------
+
+    def connected(self, consumer: Any) -> None:
+        """The consumer has its broker, for the first time or again."""
+        self.disconnected()
+        self._watch.connected(consumer)
+        self._timer = _celery.unblocked_timer(consumer)
+        self._entry = self._timer.call_repeatedly(TICK_S, self._tick, (consumer,))
+
+    def disconnected(self) -> None:
+        """The broker is lost, or the worker stops."""
+        self._watch.is_connected = False
+        if self._entry is not None:
+            self._timer.cancel(self._entry)
+            self._entry = None
+
+    def _tick(self, consumer: Any) -> None:
+        self._watch.tick(consumer)
+        self._look_at_count()
+
+    # --- the stop conditions --------------------------------------------------------------
+
+    def delivery_closed(self) -> None:
+        """A delivery of a resilient task is settled."""
+        self._closed += 1
+        self._look_at_count()
+
+    def _look_at_count(self) -> None:
+        limit = self.conditions.after_tasks
+        # Those that are not resilient settle nothing, and are counted by Celery.
+        if limit is not None and max(self._closed, _celery.ended_tasks()) >= limit:
+            self.stop(f"{limit} tasks")
+
+    def _look_at_conditions(self) -> None:
+        """A thread's: ends the worker when it is time, or has nothing to do."""
+        started_at = time.monotonic()
+        after_s, idle = self.conditions.after_s, Since()
+        accepted = 0
+        while not self.drain.has_begun.wait(LOOK_S):
+            now = time.monotonic()
+            if after_s is not None and now - started_at >= after_s:
+                self.stop(f"{after_s:g} s")
+            if not self.conditions.when_empty:
+                continue
+            before, accepted = accepted, _celery.accepted_tasks()
+            is_idle = (
+                self._watch.is_connected
+                and not _celery.held_tasks()
+                and before == accepted
+            )
+            idle_s = idle.look(is_idle, now)
+            if (
+                idle_s is not None
+                and is_idle_long_enough(idle_for_s=idle_s, was_ever_busy=bool(accepted))
+                and self._are_queues_empty()
+                and not _celery.held_tasks()
+                and accepted == _celery.accepted_tasks()
+            ):
+                self.stop("its queues are empty")
+
+    def _are_queues_empty(self) -> bool:
+        app = self.worker.app
+        try:
+            with app.connection_for_read() as connection:
+                return not messages_in(connection, app.amqp.queues.consume_from)
+        except Exception as exc:
+            # Away, perhaps: then nobody knows.
+            logger.info("cannot see whether the queues are empty: %s", exc)
+            return False
 
     def words(self) -> str:
         """For the start line."""
@@ -91,6 +215,7 @@ class Lifecycle:
             if timeout_s is None
             else f"drains for at most {timeout_s:g} s",
             self.conditions.words(),
+            self._address and f"health on {self._address[0] or '*'}:{self._address[1]}",
         ]
         return "; ".join(filter(None, found))
 
@@ -119,6 +244,8 @@ class Lifecycle:
     def ended(self) -> None:
         """The worker is stopped; its process may go on."""
         self.settled()
+        if self._server is not None:
+            self._server.close()
         self.drain.has_ended.set()
 
     # --- what is cut off ------------------------------------------------------------------
@@ -179,6 +306,112 @@ class Lifecycle:
             os._exit(code)
 
 
+class HealthWatch:
+    """
+    Looks at one worker, in two threads: at its pool, and at its main loop from within.
+
+    Args:
+        lifecycle: Of the worker.
+        waiting_at_gate: How many requests wait to run alone.
+        ask_store: See `Lifecycle`.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        waiting_at_gate: Callable[[], set[Any]],
+        ask_store: Callable[[], None] | None,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._waiting_at_gate = waiting_at_gate
+        self._ask_store = ask_store
+        self.is_connected = False
+        self._turned_at = time.monotonic()
+        self._stuck, self._waits = Since(), Since()
+        self._stuck_s: float | None = None
+        self._waits_s: float | None = None
+        self._accepted = 0
+        self._store = ""
+
+    def connected(self, consumer: Any) -> None:
+        """The main loop turns from now on."""
+        self._turned_at = time.monotonic()
+        self.is_connected = True
+
+    def tick(self, consumer: Any) -> None:
+        """Every second: in the event loop, or in a thread that asks another loop."""
+        pool = consumer.pool
+        if _celery.is_event_loop_prefork(pool):
+            self._turned()
+        else:
+            consumer.call_soon(self._turned)
+        accepted = _celery.accepted_tasks()
+        waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
+        is_free = _celery.running_tasks() < pool.num_processes
+        waits = bool(waiting) and is_free and accepted == self._accepted
+        self._accepted = accepted
+        self._waits_s = self._waits.look(waits, time.monotonic())
+
+    def _turned(self) -> None:
+        self._turned_at = time.monotonic()
+
+    def run(self) -> None:
+        """Look at the children every second, and ask the store now and then."""
+        asked_at = -STORE_S
+        pool = self._lifecycle.worker.pool
+        ended = self._lifecycle.drain.has_ended
+        while not ended.wait(TICK_S):
+            pids = _celery.children_of(pool)
+            is_stuck = bool(pids) and not any(map(can_answer, pids))
+            now = time.monotonic()
+            self._stuck_s = self._stuck.look(is_stuck, now)
+            if self._ask_store is not None and now - asked_at >= STORE_S:
+                asked_at = now
+                self._look_at_store(self._ask_store)
+
+    def _look_at_store(self, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+            self._store = ""
+        except Exception as exc:
+            self._store = safe_text(exc)
+
+    def seen(self) -> Seen:
+        """What is seen now; of any thread."""
+        pool = self._lifecycle.worker.pool
+        held_up = not _celery.is_event_loop_prefork(pool) and _celery.running_tasks()
+        pids = _celery.children_of(pool)
+        return Seen(
+            is_draining=self._lifecycle.drain.has_begun.is_set(),
+            is_connected=self.is_connected,
+            loop_age_s=None if held_up else time.monotonic() - self._turned_at,
+            children=len(pids) or None,
+            children_stuck_s=self._stuck_s,
+            work_waits_s=self._waits_s,
+            store=self._store,
+        )
+
+    def live(self) -> Answer:
+        """Whether a new start would help."""
+        return live(self.seen())
+
+    def ready(self) -> Answer:
+        """Whether it takes tasks."""
+        return ready(self.seen())
+
+    def facts(self) -> dict[str, Any]:
+        """Told beside each answer."""
+        seen = self.seen()
+        return {
+            "worker": self._lifecycle.worker.hostname,
+            "draining": seen.is_draining,
+            "connected": seen.is_connected,
+            "children": seen.children,
+            "running": _celery.running_tasks(),
+            "held": _celery.held_tasks(),
+        }
+
+
 def _no_worker() -> None:
     """There was none in this process."""
 
@@ -207,6 +440,29 @@ class LifecycleStep(bootsteps.StartStopStep):
 
     def stop(self, worker: Any) -> None:
         """Nothing yet: the tasks run."""
+
+
+class ConnectionStep(bootsteps.StartStopStep):
+    """Hears when the broker is there, and when it is lost."""
+
+    label = "Resilience: connection"
+    name = "celery_resilience.lifecycle.bootstep.ConnectionStep"
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    lifecycle: ClassVar[Lifecycle]
+
+    def start(self, consumer: Any) -> None:
+        """The consumer consumes."""
+        self.lifecycle.connected(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        """The connection is lost, or the worker stops."""
+        self.lifecycle.disconnected()
+
+
+def connection_step(lifecycle: Lifecycle) -> type[Any]:
+    """A step for one app's consumer."""
+    return type("ConnectionStep", (ConnectionStep,), {"lifecycle": lifecycle})
 
 
 def lifecycle_step(lifecycle: Lifecycle) -> type[Any]:
