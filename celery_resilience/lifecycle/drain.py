@@ -8,18 +8,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Event, RLock
+from threading import TIMEOUT_MAX, Event, RLock
 from typing import Protocol
 
 from celery_resilience.lifecycle.policy import ExitCode, exit_code, meaning
 
 logger = logging.getLogger("celery_resilience.worker")
 
-#: Seconds from the deadline until children that have not ended are killed, until the
-#: worker is given up, and from its last settlement until it must be gone.
-KILL_AFTER_S = 3.0
-GIVE_UP_AFTER_S = 10.0
-GONE_AFTER_S = 5.0
+
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """
+    What is left after the deadline.
+
+    Attributes:
+        kill_after_s: Seconds until children that have not ended are killed.
+        give_up_after_s: Seconds until the worker itself is given up.
+        gone_after_s: Seconds from the last settlement until the worker is stopped.
+    """
+
+    kill_after_s: float = 3.0
+    give_up_after_s: float = 10.0
+    gone_after_s: float = 5.0
 
 
 class Acts(Protocol):
@@ -148,7 +158,7 @@ class Drain:
 
     def left_s(self) -> float | None:
         """Seconds until the deadline; None: there is none."""
-        if self.timeout_s is None:
+        if self.timeout_s is None or self.timeout_s > TIMEOUT_MAX:
             return None
         return max(0.0, self.timeout_s - (self._clock() - self._began_at))
 
@@ -160,11 +170,13 @@ class Timekeeper:
     Args:
         drain: The drain.
         acts: What it does.
+        grace: What is left after the deadline.
     """
 
-    def __init__(self, drain: Drain, acts: Acts) -> None:
+    def __init__(self, drain: Drain, acts: Acts, grace: Grace | None = None) -> None:
         self._drain = drain
         self._acts = acts
+        self._grace = grace or Grace()
 
     def run(self) -> None:
         """Wait for the drain to begin, and see to its end."""
@@ -185,13 +197,14 @@ class Timekeeper:
                 self._acts.exit_now(drain.code or 0)
         except Exception:
             logger.exception("what runs could not be cut off")
-        if drain.has_settled.wait(KILL_AFTER_S):
+        if drain.has_settled.wait(self._grace.kill_after_s):
             self._see_gone()
             return
         killed = self._acts.kill_children()
+        left_s = self._grace.give_up_after_s - self._grace.kill_after_s
         if killed:
             logger.warning("%d children did not end, and are killed", killed)
-        if drain.has_settled.wait(GIVE_UP_AFTER_S - KILL_AFTER_S):
+        if drain.has_settled.wait(left_s):
             self._see_gone()
             return
         logger.critical(
@@ -204,7 +217,9 @@ class Timekeeper:
     def _see_gone(self) -> None:
         """The rest takes no time, unless a connection's end does."""
         drain = self._drain
-        if drain.timeout_s is not None and not drain.has_ended.wait(GONE_AFTER_S):
+        if drain.timeout_s is not None and not drain.has_ended.wait(
+            self._grace.gone_after_s
+        ):
             self._acts.exit_now(drain.code or 0)
 
     def _say_begun(self) -> None:
