@@ -92,9 +92,10 @@ WORKER_EXITS = (WorkerShutdown, WorkerTerminate)
 
 def is_worker_stopping() -> bool:
     """Main process: a signal has asked this worker to stop, warm or cold."""
-    return state.should_stop not in (None, False) or state.should_terminate not in (
-        None,
-        False,
+    # Not by `in`: the exit code of a warm stop is 0, which equals False.
+    return any(
+        asked is not None and asked is not False
+        for asked in (state.should_stop, state.should_terminate)
     )
 
 

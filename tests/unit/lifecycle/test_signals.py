@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
+from celery.worker import state
 from polling import eventually
 
-from celery_resilience import draining
+from celery_resilience import _celery, draining
 from celery_resilience.draining import SharedFlags
 from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.lifecycle.signals import WAIT_S, kill, shielded
@@ -129,3 +131,36 @@ def test_a_stopped_process_cannot_answer_and_is_killed() -> None:
     assert process.wait() == -signal.SIGKILL
     assert not can_answer(process.pid)
     process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "is_stopping"),
+    [
+        ("should_stop", None, False),
+        ("should_stop", False, False),
+        ("should_stop", 0, True),
+        ("should_stop", 1, True),
+        ("should_terminate", True, True),
+    ],
+)
+def test_a_warm_stop_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: object, is_stopping: bool
+) -> None:
+    """Its exit code is 0, which is no False."""
+    monkeypatch.setattr(state, name, asked)
+
+    assert _celery.is_worker_stopping() is is_stopping
+
+
+def test_to_ask_for_a_stop_does_not_undo_a_cold_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks once."""
+    monkeypatch.setattr(state, "should_stop", None)
+    monkeypatch.setattr(state, "should_terminate", True)
+    _celery.ask_to_stop()
+    assert state.should_stop is None
+
+    monkeypatch.setattr(state, "should_terminate", None)
+    _celery.ask_to_stop()
+    assert state.should_stop == 0
