@@ -93,10 +93,8 @@ WORKER_EXITS = (WorkerShutdown, WorkerTerminate)
 def is_worker_stopping() -> bool:
     """Main process: a signal has asked this worker to stop, warm or cold."""
     # Not by `in`: the exit code of a warm stop is 0, which equals False.
-    return any(
-        asked is not None and asked is not False
-        for asked in (state.should_stop, state.should_terminate)
-    )
+    flags: tuple[Any, ...] = (state.should_stop, state.should_terminate)
+    return any(flag is not None and flag is not False for flag in flags)
 
 
 def is_interrupted_by_a_signal(pool: Any) -> bool:
@@ -105,9 +103,12 @@ def is_interrupted_by_a_signal(pool: Any) -> bool:
 
     Where the main thread runs the tasks: solo (``concurrency/solo.py``, Celery 5.7).
     """
-    return isinstance(pool, SoloPool) and bool(
-        getattr(celery_log, "_in_sighandler", False)
-    )
+    return isinstance(pool, SoloPool) and is_in_a_signals_handler()
+
+
+def is_in_a_signals_handler() -> bool:
+    """Whether one of Celery's handlers runs (``utils/log.py:63``, Celery 5.7)."""
+    return bool(getattr(celery_log, "_in_sighandler", False))
 
 
 def worker_terminates() -> BaseException:
@@ -145,7 +146,12 @@ def held_tasks() -> int:
 
 
 def unaccepted_requests() -> set[Any]:
-    """The requests that no process or thread of the pool has accepted."""
+    """
+    The requests that no process or thread of the pool has accepted.
+
+    Raises:
+        RuntimeError: Another thread has changed them meanwhile.
+    """
     return set(state.reserved_requests) - set(state.active_requests)
 
 

@@ -106,10 +106,7 @@ class Lifecycle:
 
     def started(self) -> None:
         """The pool has started, and the consumer starts next."""
-        pool = self.worker.pool
-        if _celery.is_forking(pool):
-            _celery.mean_own_kills(pool, self.flags.mean)
-        _celery.wait_less_for_idle_children(pool)
+        self._look_into(self.worker.pool)
         self._is_program = Interrupter.is_possible()
         if self._is_program:
             self._interrupter.install()
@@ -119,6 +116,15 @@ class Lifecycle:
         if self._server is not None:
             self._server.serve()
             threads.start_deaf(self._watch.run, "health-watch")
+
+    def _look_into(self, pool: Any) -> None:
+        """A release without one of these doors is told at the start; it still works."""
+        try:
+            if _celery.is_forking(pool):
+                _celery.mean_own_kills(pool, self.flags.mean)
+            _celery.wait_less_for_idle_children(pool)
+        except Exception:
+            logger.exception("children are ended by SIGKILL, some seconds later")
 
     def listen(self) -> None:
         """
@@ -251,12 +257,28 @@ class Lifecycle:
     # --- what is cut off ------------------------------------------------------------------
 
     def _requeued(self, settlement: Settlement) -> None:
-        if settlement.reason == Reason.INTERRUPTED and settlement.run_s is not None:
+        # Not what a lost connection has cut off, nor what had yet to start.
+        if (
+            settlement.reason == Reason.INTERRUPTED
+            and settlement.run_s is not None
+            and self._is_ending()
+        ):
             self.drain.cut_off(is_put_back=True)
 
     def _failed(self, settlement: Settlement) -> None:
-        if settlement.reason == Reason.INTERRUPTED and self.drain.has_begun.is_set():
+        failure = settlement.failure
+        # Nor what an earlier interruption of the same key fails.
+        if (
+            settlement.reason == Reason.INTERRUPTED
+            and failure is not None
+            and failure.exception.endswith("WorkerLostError")
+            and self._is_ending()
+        ):
             self.drain.cut_off(is_put_back=False)
+
+    def _is_ending(self) -> bool:
+        """Celery cuts off at a cold stop before it says that there is one."""
+        return self.drain.has_begun.is_set() or _celery.is_in_a_signals_handler()
 
     def _given_up(self, **_: Any) -> None:
         self.drain.cut_off(is_put_back=False)
@@ -346,7 +368,10 @@ class HealthWatch:
         else:
             consumer.call_soon(self._turned)
         accepted = _celery.accepted_tasks()
-        waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
+        try:
+            waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
+        except RuntimeError:
+            waiting = set()  # they change, so that something goes on
         is_free = _celery.running_tasks() < pool.num_processes
         waits = bool(waiting) and is_free and accepted == self._accepted
         self._accepted = accepted

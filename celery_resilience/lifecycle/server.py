@@ -50,14 +50,18 @@ class HealthServer:
         self._server = _Server(("", 0), handler, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = listening
+        self._is_served = False
 
     def serve(self) -> None:
         """Answer from now on."""
+        self._is_served = True
         start_deaf(self._server.serve_forever, "health")
 
     def close(self) -> None:
         """Answer no more."""
-        self._server.shutdown()
+        if self._is_served:
+            # It waits for the thread, which there must be.
+            self._server.shutdown()
         self._server.server_close()
 
     def close_in_child(self) -> None:

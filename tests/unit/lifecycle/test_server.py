@@ -88,3 +88,12 @@ def test_a_child_does_not_keep_the_port() -> None:
     finally:
         os.write(writer, b"x")
         os.waitpid(pid, 0)
+
+
+def test_a_server_that_never_answered_is_closed() -> None:
+    """A worker that is stopped while it starts must not wait for a thread."""
+    port = free_port()
+    HealthServer(("127.0.0.1", port), ANSWERS, dict).close()
+
+    with socket.create_server(("127.0.0.1", port)):
+        pass
