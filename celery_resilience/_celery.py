@@ -523,6 +523,11 @@ def has_yet_to_run(request: Any) -> bool:
     return not (request.acknowledged or request._already_cancelled)
 
 
+def was_never_given(request: Any) -> bool:
+    """Whether no pool has a request, as a child may run what it has not accepted yet."""
+    return request._apply_result is None and request.time_start is None
+
+
 def requests_that_will_run(consumer: Any) -> set[Any]:
     """
     The requests that the pool does not give up any more.

@@ -106,6 +106,7 @@ class WorkerSetup:
             ),
             health_address=installation.flag_or_setting("health_port"),
             waiting_at_gate=self.deliveries.gate.waiting,
+            hand_back=self.deliveries.hand_back,
             ask_store=self._ask_store if installation.store_choice.url else None,
         )
         self.starts = StartGuard(

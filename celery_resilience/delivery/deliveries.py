@@ -18,6 +18,7 @@ from celery_resilience._celery import (
     is_worker_stopping,
     requests_that_will_run,
     running_requests,
+    was_never_given,
 )
 from celery_resilience._kombu import queue_of
 from celery_resilience._kombu_redis import is_broadcast
@@ -115,6 +116,7 @@ class Deliveries:
         self.held: set[Any] = set()
         self.on_closed: Callable[[], None] | None = None
         self._open: dict[int, Any] = {}
+        self._untouched: list[Any] = []
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
 
@@ -143,9 +145,26 @@ class Deliveries:
         keep = keep - self.gate.waiting()
         self.gate.clear()
         self._kept = WeakSet(keep)
+        self._untouched = []
         for request in list(self._open.values()):
             if request not in keep:
+                if was_never_given(request):
+                    self._untouched.append(request.message)
                 request.dropped()
+
+    def hand_back(self) -> None:
+        """
+        The worker consumes no more: return what no pool was given, for others to run.
+
+        Celery holds it until the last task has ended.
+        """
+        untouched, self._untouched = self._untouched, []
+        try:
+            for message in untouched:
+                message.requeue()
+        except Exception as exc:
+            # The end of the connection returns them too.
+            logger.info("messages that had not started are returned later: %s", exc)
 
     def given_back(self) -> None:
         """The connection is lost: the broker delivers what is unacknowledged again."""

@@ -51,6 +51,7 @@ class Lifecycle:
         conditions: When it drains by itself.
         health_address: Where `/live` and `/ready` are answered; None: nowhere.
         waiting_at_gate: How many requests wait to run alone.
+        hand_back: Returns what no pool was given, once nothing is consumed any more.
         ask_store: Raises what the store says where it does not answer; None: there is
             no store.
 
@@ -67,8 +68,10 @@ class Lifecycle:
         conditions: StopConditions,
         health_address: tuple[str, int] | None = None,
         waiting_at_gate: Callable[[], set[Any]] = set,
+        hand_back: Callable[[], None] = lambda: None,
         ask_store: Callable[[], None] | None = None,
     ) -> None:
+        self.hand_back = hand_back
         self.worker = worker
         self.flags = flags
         self.conditions = conditions
@@ -464,7 +467,11 @@ class LifecycleStep(bootsteps.StartStopStep):
         self.lifecycle.begin(why, was_asked=not failed)
 
     def stop(self, worker: Any) -> None:
-        """Nothing yet: the tasks run."""
+        """The consumer is stopped, and the pool is waited for next."""
+        self.lifecycle.hand_back()
+
+    def terminate(self, worker: Any) -> None:
+        """A cold stop: the end of the connection is near."""
 
 
 class ConnectionStep(bootsteps.StartStopStep):

@@ -218,6 +218,30 @@ def test_the_deadline_holds_on_every_pool(make_fleet: FleetMaker, pool: str) -> 
             assert fleet.runs(id) == 1
 
 
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq", "filesystem"])
+def test_what_has_not_started_is_for_others_at_once(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """It does not wait until the last task of its worker has ended."""
+    fleet = make_fleet(broker, worker_prefetch_multiplier=8)
+    draining = fleet.worker(concurrency=1)
+    end = fleet.folder / "end"
+    (long,) = running(fleet, "sleep", end=end)
+    ids = [fleet.send("ok", n).id for n in range(3)]
+    ids += [fleet.send("ok", n, countdown=5).id for n in range(2)]
+    eventually(lambda: draining.text.count(" received") >= 6)
+
+    draining.signal(signal.SIGTERM)
+    other = fleet.worker(concurrency=1)
+    eventually(lambda: all(fleet.runs(id) == 1 for id in ids), what=other.text)
+    assert draining.is_alive
+    end.touch()
+    assert draining.wait() == 0
+    assert other.stop() == 0
+    assert [fleet.runs(id) for id in (long, *ids)] == [1] * 6
+    assert draining.outcomes()["requeued"] == 5
+
+
 # --- probes ----------------------------------------------------------------------------
 
 
