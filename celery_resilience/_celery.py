@@ -523,9 +523,20 @@ def has_yet_to_run(request: Any) -> bool:
     return not (request.acknowledged or request._already_cancelled)
 
 
-def was_never_given(request: Any) -> bool:
-    """Whether no pool has a request, as a child may run what it has not accepted yet."""
-    return request._apply_result is None and request.time_start is None
+def is_untouched(request: Any, pool: Any) -> bool:
+    """
+    Whether no child or thread can run a request, once the pool is flushed.
+
+    What was written to a child is perhaps run by it, though it has not accepted it.
+    The event loop's pool also holds what it has not begun to write, and forgets that
+    when it is flushed (``concurrency/asynpool.py:1094``, Celery 5.7).
+    """
+    if request.time_start is not None:
+        return False
+    if request._apply_result is None:
+        return True
+    job = request._apply_result() if is_event_loop_prefork(pool) else None
+    return job is not None and job._write_to is None and job._scheduled_for is None
 
 
 def requests_that_will_run(consumer: Any) -> set[Any]:

@@ -15,13 +15,17 @@ from weakref import WeakSet
 
 from celery_resilience._celery import (
     has_yet_to_run,
+    is_untouched,
     is_worker_stopping,
     requests_that_will_run,
     running_requests,
-    was_never_given,
 )
 from celery_resilience._kombu import queue_of
-from celery_resilience._kombu_redis import is_broadcast
+from celery_resilience._kombu_redis import (
+    finish_poll,
+    is_broadcast,
+    redis_channel,
+)
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.message import OriginalMessage, original_message, text_of
@@ -145,21 +149,29 @@ class Deliveries:
         keep = keep - self.gate.waiting()
         self.gate.clear()
         self._kept = WeakSet(keep)
-        self._untouched = []
         for request in list(self._open.values()):
             if request not in keep:
-                if was_never_given(request):
-                    self._untouched.append(request.message)
                 request.dropped()
+
+    def note_untouched(self, pool: Any) -> None:
+        """The consumer closes: remember what nobody has begun to run, nor will."""
+        self._untouched = [
+            request.message
+            for request in list(self._open.values())
+            if is_untouched(request, pool)
+        ]
 
     def hand_back(self) -> None:
         """
-        The worker consumes no more: return what no pool was given, for others to run.
+        The worker consumes no more: return what was untouched, for others to run.
 
         Celery holds it until the last task has ended.
         """
         untouched, self._untouched = self._untouched, []
         try:
+            channel = redis_channel(self.consumer)
+            if channel is not None:
+                finish_poll(channel)
             for message in untouched:
                 message.requeue()
         except Exception as exc:

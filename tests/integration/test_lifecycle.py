@@ -232,13 +232,17 @@ def test_what_has_not_started_is_for_others_at_once(
     eventually(lambda: draining.text.count(" received") >= 6)
 
     draining.signal(signal.SIGTERM)
+    eventually(lambda: "stopping (SIGTERM)" in draining.text)
+    # What it has asked for last must not be taken either.
+    late = fleet.send("ok").id
     other = fleet.worker(concurrency=1)
+    ids.append(late)
     eventually(lambda: all(fleet.runs(id) == 1 for id in ids), what=other.text)
     assert draining.is_alive
     end.touch()
     assert draining.wait() == 0
     assert other.stop() == 0
-    assert [fleet.runs(id) for id in (long, *ids)] == [1] * 6
+    assert [fleet.runs(id) for id in (long, *ids)] == [1] * 7
     assert draining.outcomes()["requeued"] == 5
 
 

@@ -103,9 +103,11 @@ def test_what_has_not_started_is_dropped(deliveries: Deliveries) -> None:
 
 def test_what_no_pool_was_given_is_handed_back_once(deliveries: Deliveries) -> None:
     """What lies before a child may be run by it, though it has not accepted it."""
-    running, given, waiting = Request("r"), Request("g", _apply_result=1), Request("w")
+    running = Request("r", time_start=1.0)
+    given, waiting = Request("g", _apply_result=lambda: None), Request("w")
     for request in (running, given, waiting):
         deliveries.opened(request)
+    deliveries.note_untouched(pool=None)
     deliveries.drop_unstarted(keep={running})
 
     deliveries.hand_back()
@@ -118,7 +120,7 @@ def test_what_cannot_be_handed_back_is_left_to_the_end_of_the_connection(
 ) -> None:
     """A broker that is away is no reason not to stop."""
     deliveries.opened(Request("w", error=ConnectionError("gone")))
-    deliveries.drop_unstarted(keep=set())
+    deliveries.note_untouched(pool=None)
 
     deliveries.hand_back()
 
