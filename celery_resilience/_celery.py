@@ -9,23 +9,32 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+import billiard
 import billiard.common
-from billiard.common import human_status
+from billiard import connection
+from billiard import pool as billiard_pools
+from billiard.common import TERM_SIGNAL, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.pool import DEATH
 from celery import _state, signals, states
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
+from celery.concurrency import asynpool
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
+from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
-from celery.platforms import EX_FAILURE
+from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils import log as celery_log
 from celery.utils import timer2
+from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
@@ -83,10 +92,9 @@ WORKER_EXITS = (WorkerShutdown, WorkerTerminate)
 
 def is_worker_stopping() -> bool:
     """Main process: a signal has asked this worker to stop, warm or cold."""
-    return state.should_stop not in (None, False) or state.should_terminate not in (
-        None,
-        False,
-    )
+    # Not by `in`: the exit code of a warm stop is 0, which equals False.
+    flags: tuple[Any, ...] = (state.should_stop, state.should_terminate)
+    return any(flag is not None and flag is not False for flag in flags)
 
 
 def is_interrupted_by_a_signal(pool: Any) -> bool:
@@ -95,9 +103,12 @@ def is_interrupted_by_a_signal(pool: Any) -> bool:
 
     Where the main thread runs the tasks: solo (``concurrency/solo.py``, Celery 5.7).
     """
-    return isinstance(pool, SoloPool) and bool(
-        getattr(celery_log, "_in_sighandler", False)
-    )
+    return isinstance(pool, SoloPool) and is_in_a_signals_handler()
+
+
+def is_in_a_signals_handler() -> bool:
+    """Whether one of Celery's handlers runs (``utils/log.py:63``, Celery 5.7)."""
+    return bool(getattr(celery_log, "_in_sighandler", False))
 
 
 def worker_terminates() -> BaseException:
@@ -127,6 +138,180 @@ def only_app() -> Any | None:
         # Not there any more; or another thread has made one.
         return None
     return found[0] if len(found) == 1 else None
+
+
+# --- a worker's end --------------------------------------------------------------
+
+
+def ask_to_stop() -> None:
+    """Main process: end warm, as after SIGTERM (``worker/state.py``, Celery 5.7)."""
+    if not is_worker_stopping():
+        state.should_stop = EX_OK
+
+
+def running_tasks() -> int:
+    """How many tasks run, of every kind."""
+    return len(state.active_requests)
+
+
+def ended_tasks() -> int:
+    """Tasks of every kind that were accepted by the pool and run no more."""
+    return int(state.all_total_count[0]) - len(state.active_requests)
+
+
+def accepted_tasks() -> int:
+    """Tasks of every kind that were accepted by the pool, since the start."""
+    return int(state.all_total_count[0])
+
+
+def held_tasks() -> int:
+    """Messages that this worker holds: running, waiting, or with an ETA."""
+    return len(state.requests)
+
+
+def unaccepted_requests() -> set[Any]:
+    """
+    The requests that no process or thread of the pool has accepted.
+
+    Raises:
+        RuntimeError: Another thread has changed them meanwhile.
+    """
+    return set(state.reserved_requests) - set(state.active_requests)
+
+
+def interrupts_bodies(pool: Any) -> bool:
+    """Whether the tasks of a pool can be cut off from outside: prefork and solo."""
+    return isinstance(pool, PreforkPool | SoloPool)
+
+
+def runs_in_main_thread(pool: Any) -> bool:
+    """Whether the pool has no process or thread of its own: solo."""
+    return isinstance(pool, SoloPool)
+
+
+def cut_off_running(consumer: Any) -> None:
+    """
+    Cut off what runs, as a cold stop does (``apps/worker.py:476``, Celery 5.7).
+
+    In the main thread, where a signal's handler may do so within the body of a task
+    on solo; that one is ended with the worker.
+    """
+    try:
+        with in_sighandler():
+            consumer.cancel_active_requests()
+    except NotImplementedError:
+        if not isinstance(consumer.pool, SoloPool):
+            raise
+        raise worker_terminates() from None
+
+
+def cut_off_from_outside(request: Any) -> None:
+    """Settle a request whose body goes on until this process ends."""
+    request._announce_cancelled(emit_retry=not request.task.acks_late)
+
+
+def children_of(pool: Any) -> list[int]:
+    """The pids of a prefork pool's children; [] for another pool."""
+    processes = getattr(getattr(pool, "_pool", None), "_pool", None)
+    if not isinstance(pool, PreforkPool) or processes is None:
+        return []
+    return [process.pid for process in list(processes) if process.pid]
+
+
+def is_forking(pool: Any) -> bool:
+    """Whether the pool's children are copies of this process."""
+    return isinstance(pool, PreforkPool) and billiard.get_start_method() == "fork"
+
+
+def mean_own_kills(pool: Any, mean: Callable[[int], None]) -> None:
+    """
+    Tell by *mean* which child the main process is about to end by SIGTERM.
+
+    A child cannot see who has sent a signal. billiard 4.3 sends that one to a child
+    that is revoked or cut off (``pool.py:1642``), has said that it ends
+    (``pool.py:912``), or is shrunk, over its limit, or in the way of a cold stop, which
+    go by its `terminate` (``process.py:152``).
+    """
+    billiard_pool = pool._pool
+    make, terminate_job = billiard_pool.WorkerProcess, billiard_pool.terminate_job
+    handlers = billiard_pool._result_handler.state_handlers
+    on_death = handlers[DEATH]
+
+    def meant(process: Any) -> Any:
+        process.terminate = partial(mean_and_terminate, weakref.ref(process))
+        return process
+
+    def mean_and_terminate(to_process: Callable[[], Any]) -> None:
+        process = to_process()
+        if process is not None:
+            if process.pid:
+                mean(process.pid)
+            type(process).terminate(process)
+
+    def mean_and_end(pid: int, sig: int | None = None) -> None:
+        if pid and sig in (None, TERM_SIGNAL):
+            mean(pid)
+        terminate_job(pid, sig)
+
+    def mean_and_help_to_end(pid: int, exitcode: int) -> None:
+        mean(pid)
+        on_death(pid, exitcode)
+
+    for process in list(billiard_pool._pool):
+        meant(process)
+    billiard_pool.WorkerProcess = lambda worker: meant(make(worker))
+    billiard_pool.terminate_job = pool.terminate_job = mean_and_end
+    handlers[DEATH] = mean_and_help_to_end
+
+
+def on_child_loop(call: Callable[[], None]) -> None:
+    """
+    Child: call once its signal handlers are set, before its first job.
+
+    billiard 4.3 sets them after Celery's `worker_process_init` (``pool.py:489``), and
+    then says that the child is up (``pool.py:279``).
+    """
+    worker = billiard.current_process()._target
+    if not isinstance(worker, billiard_pools.Worker):
+        return
+    started = worker.on_loop_start
+
+    def call_and_start(pid: int) -> None:
+        call()
+        started(pid=pid)
+
+    worker.on_loop_start = call_and_start
+
+
+def wait_less_for_idle_children(pool: Any) -> None:
+    """
+    Let the event loop's pool end as soon as its last task has.
+
+    Joined, it looks at its children in turn, and sleeps half a second at each that has
+    nothing to say (``concurrency/asynpool.py:495``, Celery 5.7).
+    """
+    if not is_event_loop_prefork(pool):
+        return
+    handler = pool._pool._result_handler
+    flush = handler._flush_outqueue
+
+    def flush_or_look_at_all(
+        fd: int, remove: Any, process_index: Any, on_state_change: Any
+    ) -> Any:
+        process = process_index.get(fd)
+        if process is not None:
+            readers = [p.outq._reader for p in list(process_index.values())]
+            try:
+                if not process.outq._reader.poll(0):
+                    # The others are looked at next.
+                    connection.wait([r for r in readers if not r.closed], 0.1)
+                    if not process.outq._reader.poll(0) and process._is_alive():
+                        return None
+            except OSError:
+                pass
+        return flush(fd, remove, process_index, on_state_change)
+
+    handler._flush_outqueue = flush_or_look_at_all
 
 
 # --- around a task body ------------------------------------------------------------
@@ -362,6 +547,22 @@ def has_yet_to_run(request: Any) -> bool:
     return not (request.acknowledged or request._already_cancelled)
 
 
+def is_untouched(request: Any, pool: Any) -> bool:
+    """
+    Whether no child or thread can run a request, once the pool is flushed.
+
+    What was written to a child is perhaps run by it, though it has not accepted it.
+    The event loop's pool also holds what it has not begun to write, and forgets that
+    when it is flushed (``concurrency/asynpool.py:1094``, Celery 5.7).
+    """
+    if request.time_start is not None:
+        return False
+    if request._apply_result is None:
+        return True
+    job = request._apply_result() if is_event_loop_prefork(pool) else None
+    return job is not None and job._write_to is None and job._scheduled_for is None
+
+
 def requests_that_will_run(consumer: Any) -> set[Any]:
     """
     The requests that the pool does not give up any more.
@@ -503,6 +704,22 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
         and _has_parameters(AsynPool.process_flush_queues, "proc")
+    ),
+    "Pool.terminate_job(pid, sig) and WorkerProcess(worker)": lambda: (
+        _has_parameters(billiard_pools.Pool.terminate_job, "pid", "sig")
+        and _has_parameters(billiard_pools.Pool.WorkerProcess, "worker")
+    ),
+    "billiard's Worker.on_loop_start(pid)": lambda: _has_parameters(
+        billiard_pools.Worker.on_loop_start, "pid"
+    ),
+    "ResultHandler._flush_outqueue(fd, remove, process_index, on_state_change)": (
+        lambda: _has_parameters(
+            asynpool.ResultHandler._flush_outqueue,
+            *("fd", "remove", "process_index", "on_state_change"),
+        )
+    ),
+    "Consumer.cancel_active_requests()": lambda: callable(
+        consumers.Consumer.cancel_active_requests
     ),
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }

@@ -5,10 +5,12 @@ Read in kombu 5.7. What is wrapped is wrapped on one channel's instance.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 from kombu.transport import virtual
@@ -83,6 +85,25 @@ def forgetting(channel: Any, raw: Any) -> Callable[[], None] | None:
 def stop_restoring(channel: Any) -> None:
     """Keep kombu from giving back everything when *channel* is closed."""
     channel.do_restore = False
+
+
+def finish_poll(channel: Any) -> None:
+    """
+    Read the answer to the last question for a message, once nothing is consumed.
+
+    kombu leaves it to the end of the channel (``kombu/transport/redis.py:1892``, kombu
+    5.7). Until then it takes the next message, which is nobody's in the meantime, and
+    lost with a worker that is killed. Read now, it is put back for want of a consumer.
+    """
+    if not getattr(channel, "_in_poll", None):
+        return
+    if channel.client.connection.can_read(timeout=POLL_S):
+        with contextlib.suppress(Empty):
+            channel.handlers["BRPOP"]()
+
+
+#: Seconds for such an answer: the server has one ready after one.
+POLL_S = 3.0
 
 
 def adopt(channel: Any, message: Any) -> None:

@@ -268,6 +268,91 @@ def explain(context: click.Context, output: str) -> None:
     context.exit(module.run(context.obj.app, output))
 
 
+def _address(context: click.Context, param: click.Parameter, value: Any) -> Any:
+    """A port, or host:port; checked as the setting is."""
+    if value is None:
+        return None
+    settings = import_module("celery_resilience.settings")
+    try:
+        return settings.address(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), context, param) from exc
+
+
+_mib = click.FloatRange(min=1)
+
+
+@resilience.command(cls=CeleryCommand)
+@click.argument("kind", type=click.Choice(["systemd", "kubernetes", "supervisor"]))
+@click.option("--name", metavar="NAME", help="Of the unit; else by the namespace.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Children; else worker_concurrency.",
+)
+@click.option("-Q", "--queues", metavar="Q1,Q2", help="Else the app's own.")
+@click.option(
+    "--drain-timeout-s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Else resilience_drain_timeout_s, or the longest hard time limit.",
+)
+@click.option(
+    "--health-port",
+    metavar="[HOST:]PORT",
+    callback=_address,
+    help="Else resilience_health_port; on Kubernetes else 8081.",
+)
+@click.option(
+    "--child-memory-mib",
+    type=_mib,
+    metavar="MIB",
+    help="What a child may have: the memory of the whole follows.",
+)
+@click.option(
+    "--main-memory-mib",
+    type=_mib,
+    metavar="MIB",
+    help="What the main process has; else 256.",
+)
+@click.option(
+    "--memory-mib",
+    type=_mib,
+    metavar="MIB",
+    help="What the whole may have; refused where the children may have more.",
+)
+@click.option("--collect-failed", is_flag=True, help="This worker also collects.")
+@click.option("--collector", is_flag=True, help="The collector's unit instead.")
+@click.option("--user", metavar="USER", help="Who runs it, on a host.")
+@click.option("--directory", metavar="DIR", help="Where it runs; else here.")
+@click.option("--celery", metavar="PATH", help="The command; else the one of here.")
+@click.option("--image", metavar="IMAGE", help="Of the container, on Kubernetes.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="On Kubernetes.",
+)
+@click.pass_context
+def units(context: click.Context, /, kind: str, **words: Any) -> None:
+    """Print a deployment file whose grace period and memory add up."""
+    module = import_module("celery_resilience.lifecycle.command")
+    install = import_module("celery_resilience.install")
+    errors = import_module("celery_resilience.errors")
+    app = context.obj.app
+    try:
+        settings = install.installed_or_new(app).settings
+    except errors.ConfigurationError as exc:
+        click.echo(f"refused: {exc}", err=True)
+        context.exit(2)
+    named = context.find_root().params.get("app")
+    app_name = named if isinstance(named, str) else ""
+    context.exit(module.run(app, settings, app_name, kind, words))
+
+
 @resilience.group(name="keys", invoke_without_command=True)
 @click.pass_context
 def keys(context: click.Context) -> None:

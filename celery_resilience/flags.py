@@ -10,7 +10,15 @@ from weakref import WeakSet
 HELP_GROUP = "Resilience options"
 
 #: The flags, by the names under which the worker gets them.
-NAMES = ("max_crashes", "collect_failed")
+NAMES = (
+    "max_crashes",
+    "collect_failed",
+    "drain_timeout_s",
+    "health_port",
+    "stop_after_s",
+    "stop_after_tasks",
+    "stop_when_empty",
+)
 
 #: Apps that were installed before the `celery` command was imported, if it ever is.
 _waiting: WeakSet[Any] = WeakSet()
@@ -55,3 +63,66 @@ def _options() -> Iterator[Any]:
         help="Also run the collector of failed tasks, in a process of its own, "
         "as -B runs beat.",
     )
+    yield CeleryOption(
+        ("--drain-timeout-s",),
+        type=click.FloatRange(min=0, min_open=True),
+        default=None,
+        help_group=HELP_GROUP,
+        help="Seconds from the first signal until what still runs is cut off: put back, "
+        "or kept as failed. Celery's warm shutdown has no limit, and its "
+        "worker_soft_shutdown_timeout waits in vain where nothing runs any more.",
+    )
+    yield CeleryOption(
+        ("--health-port",),
+        type=_address_type(),
+        metavar="[HOST:]PORT",
+        default=None,
+        help_group=HELP_GROUP,
+        help="Answer /live and /ready over HTTP there, on every address unless a host "
+        "is given. Unlike `inspect ping`, /live does not need the broker.",
+    )
+    yield CeleryOption(
+        ("--stop-after-s",),
+        type=click.FloatRange(min=0, min_open=True),
+        default=None,
+        help_group=HELP_GROUP,
+        help="Drain and exit 0 after so many seconds, for a supervisor to start again. "
+        "Celery has no such option.",
+    )
+    yield CeleryOption(
+        ("--stop-after-tasks",),
+        type=click.IntRange(min=1),
+        default=None,
+        help_group=HELP_GROUP,
+        help="Drain and exit 0 once so many tasks have ended; those that run then end "
+        "too. Celery's --max-tasks-per-child replaces one child instead.",
+    )
+    yield CeleryOption(
+        ("--stop-when-empty",),
+        is_flag=True,
+        default=None,
+        help_group=HELP_GROUP,
+        help="Drain and exit 0 once the queues are empty and nothing is held here. "
+        "Celery has no such option.",
+    )
+
+
+def _address_type() -> Any:
+    import click
+
+    from celery_resilience.settings import address
+
+    class Address(click.ParamType):  # type: ignore[type-arg]
+        """A port, or host:port."""
+
+        name = "address"
+
+        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+            if isinstance(value, tuple):
+                return value
+            try:
+                return address(value)
+            except ValueError as exc:
+                self.fail(str(exc), param, ctx)
+
+    return Address()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import Celery, current_app, current_task, signals
 
 from celery_resilience import _celery, flags
+from celery_resilience.draining import is_draining, shared
 from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
+    from celery_resilience.lifecycle.bootstep import Lifecycle
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -144,12 +146,14 @@ class Installation:
     Attributes:
         app: The Celery app.
         child: What surrounds a body; None outside a worker, or when it is off.
+        lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
     """
 
     def __init__(self, app: Celery) -> None:
         self.app = app
         self.child: ChildRooms | None = None
+        self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
         self._stores: dict[str, Any] = {}
 
@@ -191,7 +195,7 @@ class Installation:
         """Streams of the tasks that run in this process."""
         from celery_resilience.batches.task import Streams
 
-        return Streams(self.checkpoint_store, is_stopping=lambda: False)
+        return Streams(self.checkpoint_store, is_stopping=is_draining)
 
     @cached_property
     def key_sender(self) -> KeySender:
@@ -236,6 +240,11 @@ class Installation:
     def max_crashes(self) -> int:
         """The flag, or the setting."""
         return self.flags.get("max_crashes") or self.settings.max_crashes
+
+    def flag_or_setting(self, name: str) -> Any:
+        """What the worker's flag of that name says, or else the setting."""
+        flag = self.flags.get(name)
+        return getattr(self.settings, name) if flag is None else flag
 
     def failed_queues(self) -> list[str]:
         """Every failed queue of the app, the default first."""
@@ -430,6 +439,13 @@ def install(app: Celery) -> Installation:
             prepare_worker(installation, sender)
 
     def on_worker_process_init(**_: Any) -> None:
+        shared_flags = shared()
+        if shared_flags is not None and installation.child is not None:
+            from celery_resilience.lifecycle.signals import shield_child
+
+            shield_child(shared_flags)
+            if installation.lifecycle is not None:
+                installation.lifecycle.forked()
         told = os.environ.get(WORKER_VARIABLE)
         if told and installation.child is None and installation.settings.enabled:
             from celery_resilience.worker import prepare_spawned_child

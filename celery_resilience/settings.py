@@ -29,8 +29,6 @@ NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "memory_limit_mib": None,
     "sessions": "auto",
     "metrics_port": None,
-    "health_port": None,
-    "drain_timeout_s": None,
 }
 
 
@@ -109,6 +107,34 @@ def _routes(value: Any) -> tuple[tuple[str, str | None], ...]:
     raise _Refused(
         "a dict {task glob, exception name or reason: queue name, or None to drop}"
     )
+
+
+def _address(value: Any) -> tuple[str, int]:
+    """A host, "" for every address of this one, and a port."""
+    host, _, port = str(value).rpartition(":")
+    if (
+        not isinstance(value, bool)
+        and isinstance(value, int | str)
+        and re.fullmatch(r"[0-9]{1,5}", port)
+        and 1 <= int(port) <= 65_535
+        and re.fullmatch(r"[A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\]", host)
+        and (host or ":" not in str(value))
+    ):
+        return host.strip("[]"), int(port)
+    raise _Refused('a port from 1 to 65535, or "host:port"')
+
+
+def address(value: Any) -> tuple[str, int]:
+    """
+    The host ("" for every address) and port of *value*, a port or "host:port".
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        return _address(value)
+    except _Refused as refused:
+        raise ValueError(f"must be {refused}, got {value!r}") from None
 
 
 def _folder(value: Any) -> Path:
@@ -283,6 +309,18 @@ class Settings:
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."
+    )
+    drain_timeout_s: float | None = _setting(
+        None,
+        _optional(_seconds),
+        "Seconds from the first signal until what still runs is cut off. "
+        "None: until idle.",
+    )
+    health_port: tuple[str, int] | None = _setting(
+        None,
+        _optional(_address),
+        "Answers /live and /ready over HTTP there: a port on every address, or "
+        '"host:port".',
     )
     log_format: str | None = _setting(
         None, _optional(_log_format), "How the record of a failed task is written."

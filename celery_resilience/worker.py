@@ -14,7 +14,7 @@ import click
 from celery import bootsteps, signals
 from celery.utils.imports import symbol_by_name
 
-from celery_resilience import _celery
+from celery_resilience import _celery, draining
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
@@ -33,6 +33,12 @@ from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.lifecycle.bootstep import (
+    Lifecycle,
+    connection_step,
+    lifecycle_step,
+)
+from celery_resilience.lifecycle.policy import StopConditions
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
@@ -89,6 +95,21 @@ class WorkerSetup:
                 start=self._start_releasing,
             ),
         )
+        flag = installation.flags.get
+        self.lifecycle = Lifecycle(
+            worker,
+            draining.share(),
+            drain_timeout_s=installation.flag_or_setting("drain_timeout_s"),
+            conditions=StopConditions(
+                after_s=flag("stop_after_s"),
+                after_tasks=flag("stop_after_tasks"),
+                when_empty=bool(flag("stop_when_empty")),
+            ),
+            health_address=installation.flag_or_setting("health_port"),
+            waiting_at_gate=self.deliveries.gate.waiting,
+            hand_back=self.deliveries.hand_back,
+            ask_store=self._ask_store if installation.store_choice.url else None,
+        )
         self.starts = StartGuard(
             installation.start_store,
             max_crashes=installation.max_crashes,
@@ -140,6 +161,7 @@ class WorkerSetup:
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
+        self.lifecycle.listen()
 
     @property
     def collects(self) -> bool:
@@ -162,6 +184,13 @@ class WorkerSetup:
         )
         step = delivery_step(self.deliveries, visibility)
         replace_step(self.app, "consumer", step)
+        life = self.lifecycle
+        life.attach()
+        if life.conditions.after_tasks is not None:
+            self.deliveries.on_closed = life.delivery_closed
+        replace_step(self.app, "worker", lifecycle_step(life))
+        replace_step(self.app, "consumer", connection_step(life))
+        installation.lifecycle = life
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
@@ -176,7 +205,8 @@ class WorkerSetup:
         FailureLog(installation.settings.log_format).attach()
         LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
-        log = WorkerLog(self.deliveries, self.start_line)
+        log = WorkerLog(self.deliveries, self.start_line, life.drain.words)
+        log.attach()
         warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
@@ -186,8 +216,9 @@ class WorkerSetup:
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
 
-        def on_shutting_down(sender: Any = None, **_: Any) -> None:
+        def on_shutting_down(sender: Any = None, sig: str = "", **_: Any) -> None:
             if sender == hostname:
+                life.begin(sig)
                 # What this stop cuts off is no crash; the store may be slow.
                 threading.Thread(target=self.starts.forget_worker, daemon=True).start()
 
@@ -195,7 +226,7 @@ class WorkerSetup:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
-                log.stopped()
+                life.ended()
 
         signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
         signals.worker_shutting_down.connect(
@@ -221,12 +252,18 @@ class WorkerSetup:
             f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
             f"at most {installation.max_crashes} crashes; "
             f"{'collects here' if self.collects else 'does not collect here'}"
-            f"{self._other_queues()}"
+            f"{self._other_queues()}; {self.lifecycle.words()}"
         )
 
     def _other_queues(self) -> str:
         queues = ", ".join(self.collect_queues)
         return f"; dead-letter queues {queues}" if queues else ""
+
+    def _ask_store(self) -> None:
+        """Raise what the store says, if it does not answer."""
+        store = self.installation.start_store()
+        if store is not None:
+            store.unfinished("health", window_s=1.0)
 
     def _failed_queue_of(self, task_name: str) -> str | bool | None:
         task = self.app.tasks.get(task_name)

@@ -9,6 +9,7 @@ from celery import bootsteps
 from celery_resilience import _celery, _kombu
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.redis_visibility import RedisVisibility
+from celery_resilience.events import emit
 
 #: Seconds between two looks at what waits for the broker.
 TICK_S = 1.0
@@ -54,6 +55,7 @@ class DeliveryStep(bootsteps.StartStopStep):
         self.visibility.stopped()
         self.deliveries.drop_unstarted(keep=set())
         self.deliveries.outbox.close()
+        emit("delivery.closed")
 
     def _cancel(self) -> None:
         if self._entry is not None:

@@ -83,6 +83,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
     def on_close(self) -> None:
         """Celery drops what has not started; the broker delivers it again."""
         keep = self.deliveries.will_run(self)
+        self.deliveries.note_untouched(self.pool)
         super().on_close()
         self.deliveries.drop_unstarted(keep)
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from celery_resilience._celery import (
     has_yet_to_run,
+    is_untouched,
     is_worker_stopping,
     requests_that_will_run,
     running_requests,
 )
 from celery_resilience._kombu import queue_of
-from celery_resilience._kombu_redis import is_broadcast
+from celery_resilience._kombu_redis import (
+    finish_poll,
+    is_broadcast,
+    redis_channel,
+)
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.message import OriginalMessage, original_message, text_of
@@ -90,6 +95,7 @@ class Deliveries:
         counts: Settlements by outcome since the worker started.
         received: Deliveries since the worker started.
         held: Messages that are dealt with but wait for the outbox before their ack.
+        on_closed: Called after each settlement; None where nobody counts.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class Deliveries:
         self.counts: Counter[Outcome] = Counter()
         self.received = 0
         self.held: set[Any] = set()
+        self.on_closed: Callable[[], None] | None = None
         self._open: dict[int, Any] = {}
+        self._untouched: list[Any] = []
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
 
@@ -125,6 +133,8 @@ class Deliveries:
         """A delivery is settled."""
         self._open.pop(id(request), None)
         self.counts[outcome] += 1
+        if self.on_closed is not None:
+            self.on_closed()
 
     def drop_unstarted(self, keep: set[Any]) -> None:
         """
@@ -142,6 +152,31 @@ class Deliveries:
         for request in list(self._open.values()):
             if request not in keep:
                 request.dropped()
+
+    def note_untouched(self, pool: Any) -> None:
+        """The consumer closes: remember what nobody has begun to run, nor will."""
+        self._untouched = [
+            request.message
+            for request in list(self._open.values())
+            if is_untouched(request, pool)
+        ]
+
+    def hand_back(self) -> None:
+        """
+        The worker consumes no more: return what was untouched, for others to run.
+
+        Celery holds it until the last task has ended.
+        """
+        untouched, self._untouched = self._untouched, []
+        try:
+            channel = redis_channel(self.consumer)
+            if channel is not None:
+                finish_poll(channel)
+            for message in untouched:
+                message.requeue()
+        except Exception as exc:
+            # The end of the connection returns them too.
+            logger.info("messages that had not started are returned later: %s", exc)
 
     def given_back(self) -> None:
         """The connection is lost: the broker delivers what is unacknowledged again."""

@@ -48,6 +48,7 @@ class FailureLog:
 
 
 _stop: Callable[[], None] | None = None
+_stop_worker_log: Callable[[], None] | None = None
 
 
 def failure_facts(settlement: Settlement) -> dict[str, Any]:
@@ -127,13 +128,27 @@ class WorkerLog:
     Args:
         deliveries: What the worker counted.
         start_line: What to say at the start.
+        end: How the worker ended, in a few words.
     """
 
-    def __init__(self, deliveries: Counts, start_line: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        deliveries: Counts,
+        start_line: Callable[[], str],
+        end: Callable[[], str],
+    ) -> None:
         self._deliveries = deliveries
         self._start_line = start_line
+        self._end = end
         self._started_at = time.monotonic()
         self._is_started = False
+
+    def attach(self) -> None:
+        """Hear of the worker's end, in place of an earlier one."""
+        global _stop_worker_log
+        if _stop_worker_log is not None:
+            _stop_worker_log()
+        _stop_worker_log = observe("lifecycle.stopped", self.stopped)
 
     def started(self, warnings: Iterable[str]) -> None:
         """Say what is kept where; and once, what is weaker than it should be."""
@@ -147,12 +162,13 @@ class WorkerLog:
         for warning in warnings:
             worker_logger.warning("%s", warning)
 
-    def stopped(self) -> None:
-        """Say what became of the deliveries."""
+    def stopped(self, **_: Any) -> None:
+        """Say what became of the deliveries, and how the worker ended."""
         counts = self._deliveries.counts
         worker_logger.info(
-            "stopped after %.0f s: %d deliveries%s",
+            "stopped after %.0f s: %d deliveries%s; %s",
             time.monotonic() - self._started_at,
             self._deliveries.received,
             "".join(f", {n} {o}" for o in Outcome if (n := counts.get(o, 0))),
+            self._end(),
         )

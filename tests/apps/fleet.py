@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -421,6 +422,22 @@ def _register(app: Celery, base: Any) -> None:
         _busy(seconds, end)
         note("slept", self.request.id)
         return "slept"
+
+    @task(name="deaf", acks_late=True)
+    def deaf(self: Any, seconds: float, end: str = "") -> None:
+        started(self)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not Path(end).exists():
+            with contextlib.suppress(BaseException):
+                _busy(1, end)
+
+    @task(name="until_stopping", acks_late=True)
+    def until_stopping(self: Any, seconds: float, end: str = "") -> None:
+        started(self)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.resilience.stopping:
+            time.sleep(0.02)
+        note("slept", self.request.id)
 
     @task(name="fail_when", acks_late=True)
     def fail_when(self: Any, end: str) -> None:

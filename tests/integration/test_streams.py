@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,29 @@ def test_the_next_run_goes_on_after_the_last_full_page(
     assert result_of(fleet, task_id) == ROWS - 50
     assert seen(fleet) == [*range(58), *range(50, ROWS)]
     assert done(orders) == {1: ROWS}
+
+
+@pytest.mark.parametrize(("broker", "store"), FLEETS)
+def test_a_worker_that_stops_hands_the_rest_over(
+    make_fleet: FleetMaker, orders: str, tmp_path: Path, broker: str, store: str
+) -> None:
+    """At the end of a page, though the whole process group is told to end."""
+    fleet = make_fleet(broker, store="sqlite" if store == "redis" else store)
+    first = fleet.worker(concurrency=1)
+    gate = tmp_path / "gate"
+    task_id = fleet.send("enrich", orders, "", 25, str(gate)).id
+    eventually(lambda: seen(fleet)[-1:] == [25], within_s=30)
+
+    os.killpg(first.pid, signal.SIGTERM)
+    eventually(lambda: "Warm shutdown" in first.text, within_s=10)
+    gate.touch()
+    assert first.wait(within_s=20) == 0
+    fleet.worker(concurrency=1)
+
+    assert result_of(fleet, task_id) == ROWS - 30
+    assert seen(fleet) == list(range(ROWS))
+    assert done(orders) == {1: ROWS}
+    assert first.outcomes()["snoozed"] == 1
 
 
 def test_plain_celery_begins_anew(make_fleet: FleetMaker, orders: str) -> None:

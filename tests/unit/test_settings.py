@@ -61,6 +61,14 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("if_store_down", "run", "run"),
     ("crash_window_s", 0.5, 0.5),
     ("crash_window_s", 60, 60.0),
+    ("drain_timeout_s", None, None),
+    ("drain_timeout_s", 30, 30.0),
+    ("health_port", None, None),
+    ("health_port", 8081, ("", 8081)),
+    ("health_port", "8081", ("", 8081)),
+    ("health_port", "127.0.0.1:8081", ("127.0.0.1", 8081)),
+    ("health_port", "localhost:1", ("localhost", 1)),
+    ("health_port", "[::1]:65535", ("::1", 65535)),
     ("log_format", None, None),
     ("log_format", "json", "json"),
     ("log_format", "logfmt", "logfmt"),
@@ -118,6 +126,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("crash_window_s", True, "a number of seconds above 0"),
     ("crash_window_s", float("nan"), "a number of seconds above 0"),
     ("crash_window_s", "60", "a number of seconds above 0"),
+    ("drain_timeout_s", 0, "a number of seconds above 0"),
+    ("drain_timeout_s", "30", "a number of seconds above 0"),
+    *[
+        ("health_port", value, 'a port from 1 to 65535, or "host:port"')
+        for value in (0, 65_536, True, 80.0, "", "x", ":80", "h:", "h:70000", "::1:80")
+    ],
     ("log_format", "xml", '"json", "logfmt" or None'),
     ("log_format", ["json"], '"json", "logfmt" or None'),
     ("release", "", "a text that is not empty"),

@@ -24,6 +24,19 @@ class Request:
     name: str
     runs_alone: bool = False
     was_dropped: bool = False
+    time_start: float | None = None
+    _apply_result: Any = None
+    requeued: int = 0
+    error: Exception | None = None
+
+    @property
+    def message(self) -> Any:
+        return self
+
+    def requeue(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.requeued += 1
 
     def dropped(self) -> None:
         self.was_dropped = True
@@ -86,6 +99,39 @@ def test_what_has_not_started_is_dropped(deliveries: Deliveries) -> None:
     deliveries.drop_unstarted(keep={running})
 
     assert [r.was_dropped for r in (running, waiting, ended)] == [False, True, False]
+
+
+def test_what_no_pool_was_given_is_handed_back_once(deliveries: Deliveries) -> None:
+    """What lies before a child may be run by it, though it has not accepted it."""
+    running = Request("r", time_start=1.0)
+    given, waiting = Request("g", _apply_result=lambda: None), Request("w")
+    for request in (running, given, waiting):
+        deliveries.opened(request)
+    deliveries.note_untouched(pool=None)
+    deliveries.drop_unstarted(keep={running})
+
+    deliveries.hand_back()
+    deliveries.hand_back()
+    assert [r.requeued for r in (running, given, waiting)] == [0, 0, 1]
+
+
+def test_what_cannot_be_handed_back_is_left_to_the_end_of_the_connection(
+    deliveries: Deliveries,
+) -> None:
+    """A broker that is away is no reason not to stop."""
+    deliveries.opened(Request("w", error=ConnectionError("gone")))
+    deliveries.note_untouched(pool=None)
+
+    deliveries.hand_back()
+
+
+def test_a_settlement_is_counted_where_somebody_counts(deliveries: Deliveries) -> None:
+    """For --stop-after-tasks."""
+    counted: list[int] = []
+    deliveries.on_closed = lambda: counted.append(1)
+    deliveries.closed(Request("a"), Outcome.SUCCEEDED)
+
+    assert counted == [1]
 
 
 def test_what_waits_at_the_gate_is_dropped_with_it(

@@ -319,7 +319,7 @@ class Deliveries:
 
 def test_a_start_is_one_line(records: list[logging.LogRecord]) -> None:
     """Also where the consumer reconnects."""
-    log = WorkerLog(Deliveries(), lambda: "kept here, 100%")
+    log = WorkerLog(Deliveries(), lambda: "kept here, 100%", lambda: "drained")
 
     log.started([])
     log.started(["a door"])
@@ -330,7 +330,9 @@ def test_a_start_is_one_line(records: list[logging.LogRecord]) -> None:
 
 def test_each_weak_door_is_told(records: list[logging.LogRecord]) -> None:
     """As a warning, behind the line of the start."""
-    WorkerLog(Deliveries(), lambda: "kept here").started(["door a", "door 100%"])
+    WorkerLog(Deliveries(), lambda: "kept here", lambda: "drained").started(
+        ["door a", "door 100%"]
+    )
 
     assert [record.getMessage() for record in records[1:]] == ["door a", "door 100%"]
     assert {record.levelno for record in records[1:]} == {logging.WARNING}
@@ -339,11 +341,11 @@ def test_each_weak_door_is_told(records: list[logging.LogRecord]) -> None:
 def test_a_start_is_heard_where_only_warnings_are() -> None:
     """`celery worker` logs warnings by default; a level that was set stays."""
     module.worker_logger.setLevel(logging.NOTSET)
-    WorkerLog(Deliveries(), lambda: "x").started([])
+    WorkerLog(Deliveries(), lambda: "x", lambda: "drained").started([])
     assert module.worker_logger.level == logging.INFO
 
     module.worker_logger.setLevel(logging.ERROR)
-    WorkerLog(Deliveries(), lambda: "x").started([])
+    WorkerLog(Deliveries(), lambda: "x", lambda: "drained").started([])
     assert module.worker_logger.level == logging.ERROR
 
 
@@ -351,10 +353,10 @@ def test_a_stop_tells_what_became_of_the_deliveries(
     records: list[logging.LogRecord],
 ) -> None:
     """The counts add up to the deliveries."""
-    WorkerLog(Deliveries(), lambda: "x").stopped()
+    WorkerLog(Deliveries(), lambda: "x", lambda: "drained").stopped()
 
     assert records[0].getMessage() == (
-        "stopped after 0 s: 12 deliveries, 9 succeeded, 1 snoozed, 2 failed"
+        "stopped after 0 s: 12 deliveries, 9 succeeded, 1 snoozed, 2 failed; drained"
     )
 
 

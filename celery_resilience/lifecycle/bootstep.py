@@ -1,0 +1,502 @@
+"""A worker's life as Celery tells it: started, connected, lost, stopping, settled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from celery import bootsteps
+
+from celery_resilience import _celery, threads
+from celery_resilience._kombu import messages_in
+from celery_resilience.draining import SharedFlags
+from celery_resilience.events import emit, observe
+from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
+from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
+from celery_resilience.lifecycle.policy import (
+    ExitCode,
+    StopConditions,
+    is_idle_long_enough,
+)
+from celery_resilience.lifecycle.processes import can_answer
+from celery_resilience.lifecycle.server import HealthServer
+from celery_resilience.lifecycle.signals import Interrupter, kill
+from celery_resilience.outcome import Reason, Settlement
+from celery_resilience.redaction import safe_text
+
+logger = logging.getLogger("celery_resilience.worker")
+
+#: Seconds between two looks at the stop conditions that nobody tells of.
+TICK_S = 1.0
+
+#: Seconds between two looks at the other conditions.
+LOOK_S = 0.25
+
+#: Seconds between two questions to the store.
+STORE_S = 10.0
+
+
+class Lifecycle:
+    """
+    The life of one worker.
+
+    Args:
+        worker: Celery's WorkController, before its bootsteps are made.
+        flags: Shared with its children.
+        drain_timeout_s: See `Drain`.
+        conditions: When it drains by itself.
+        health_address: Where `/live` and `/ready` are answered; None: nowhere.
+        waiting_at_gate: How many requests wait to run alone.
+        hand_back: Returns what no pool was given, once nothing is consumed any more.
+        ask_store: Raises what the store says where it does not answer; None: there is
+            no store.
+
+    Raises:
+        ConfigurationError: The address is taken.
+    """
+
+    def __init__(
+        self,
+        worker: Any,
+        flags: SharedFlags,
+        *,
+        drain_timeout_s: float | None,
+        conditions: StopConditions,
+        health_address: tuple[str, int] | None = None,
+        waiting_at_gate: Callable[[], set[Any]] = set,
+        hand_back: Callable[[], None] = lambda: None,
+        ask_store: Callable[[], None] | None = None,
+    ) -> None:
+        self.hand_back = hand_back
+        self.worker = worker
+        self.flags = flags
+        self.conditions = conditions
+        self.drain = Drain(
+            timeout_s=drain_timeout_s, on_begin=self._begun, clock=time.monotonic
+        )
+        self._interrupter = Interrupter(self._cut_off)
+        self._is_program = False
+        self._stops: list[Any] = []
+        self._watch = HealthWatch(self, waiting_at_gate, ask_store)
+        self._server: HealthServer | None = None
+        self._address = health_address
+        self._closed = 0
+        self._timer: Any = None
+        self._entry: Any = None
+
+    def attach(self) -> None:
+        """Hear of what is cut off, in place of an earlier worker of this process."""
+        global _detach
+        _detach()
+        self._stops = [
+            observe("delivery.requeued", self._requeued),
+            observe("delivery.failed", self._failed),
+            observe("delivery.given_up", self._given_up),
+            observe("delivery.closed", self.settled),
+            observe("memory.worker_over_limit", self._over_limit),
+        ]
+        _detach = self._detach
+
+    def _detach(self) -> None:
+        for stop in self._stops:
+            stop()
+
+    # --- the beginning ---------------------------------------------------------------
+
+    def started(self) -> None:
+        """The pool has started, and the consumer starts next."""
+        self._look_into(self.worker.pool)
+        self._is_program = Interrupter.is_possible()
+        if self._is_program:
+            self._interrupter.install()
+        threads.start_deaf(Timekeeper(self.drain, self).run, "drain")
+        if self.conditions.words():
+            threads.start_deaf(self._look_at_conditions, "stop-conditions")
+        if self._server is not None:
+            self._server.serve()
+            threads.start_deaf(self._watch.run, "health-watch")
+
+    def _look_into(self, pool: Any) -> None:
+        """A release without one of these doors is told at the start; it still works."""
+        try:
+            if _celery.is_forking(pool):
+                _celery.mean_own_kills(pool, self.flags.mean)
+            _celery.wait_less_for_idle_children(pool)
+        except Exception:
+            logger.exception("children are ended by SIGKILL, some seconds later")
+
+    def listen(self) -> None:
+        """
+        Take the health port, before the pool forks.
+
+        Raises:
+            ConfigurationError: It is taken.
+        """
+        if self._address is not None:
+            watch = self._watch
+            answers = {"/live": watch.live, "/ready": watch.ready}
+            self._server = HealthServer(self._address, answers, watch.facts)
+
+    def forked(self) -> None:
+        """Child: let go what is the main process's alone."""
+        if self._server is not None:
+            self._server.close_in_child()
+
+    # --- the connection ------------------------------------------------------------------
+
+    def connected(self, consumer: Any) -> None:
+        """The consumer has its broker, for the first time or again."""
+        self.disconnected()
+        self._watch.connected(consumer)
+        self._timer = _celery.unblocked_timer(consumer)
+        self._entry = self._timer.call_repeatedly(TICK_S, self._tick, (consumer,))
+
+    def disconnected(self) -> None:
+        """The broker is lost, or the worker stops."""
+        self._watch.is_connected = False
+        if self._entry is not None:
+            self._timer.cancel(self._entry)
+            self._entry = None
+
+    def _tick(self, consumer: Any) -> None:
+        self._watch.tick(consumer)
+        self._look_at_count()
+
+    # --- the stop conditions --------------------------------------------------------------
+
+    def delivery_closed(self) -> None:
+        """A delivery of a resilient task is settled."""
+        self._closed += 1
+        self._look_at_count()
+
+    def _look_at_count(self) -> None:
+        limit = self.conditions.after_tasks
+        # Those that are not resilient settle nothing, and are counted by Celery.
+        if limit is not None and max(self._closed, _celery.ended_tasks()) >= limit:
+            self.stop(f"{limit} tasks")
+
+    def _look_at_conditions(self) -> None:
+        """A thread's: ends the worker when it is time, or has nothing to do."""
+        started_at = time.monotonic()
+        after_s, idle = self.conditions.after_s, Since()
+        accepted = 0
+        while not self.drain.has_begun.wait(LOOK_S):
+            now = time.monotonic()
+            if after_s is not None and now - started_at >= after_s:
+                self.stop(f"{after_s:g} s")
+            if not self.conditions.when_empty:
+                continue
+            before, accepted = accepted, _celery.accepted_tasks()
+            is_idle = (
+                self._watch.is_connected
+                and not _celery.held_tasks()
+                and before == accepted
+            )
+            idle_s = idle.look(is_idle, now)
+            if (
+                idle_s is not None
+                and is_idle_long_enough(idle_for_s=idle_s, was_ever_busy=bool(accepted))
+                and self._are_queues_empty()
+                and not _celery.held_tasks()
+                and accepted == _celery.accepted_tasks()
+            ):
+                self.stop("its queues are empty")
+
+    def _are_queues_empty(self) -> bool:
+        app = self.worker.app
+        try:
+            with app.connection_for_read() as connection:
+                return not messages_in(connection, app.amqp.queues.consume_from)
+        except Exception as exc:
+            # Away, perhaps: then nobody knows.
+            logger.info("cannot see whether the queues are empty: %s", exc)
+            return False
+
+    def words(self) -> str:
+        """For the start line."""
+        timeout_s = self.drain.timeout_s
+        found = [
+            "drains until idle"
+            if timeout_s is None
+            else f"drains for at most {timeout_s:g} s",
+            self.conditions.words(),
+            self._address and f"health on {self._address[0] or '*'}:{self._address[1]}",
+        ]
+        return "; ".join(filter(None, found))
+
+    # --- the drain ---------------------------------------------------------------------
+
+    def begin(self, why: str, code: int = 0, *, was_asked: bool = True) -> None:
+        """The worker ends, for that reason."""
+        self.drain.begin(Asked(why, code, was_asked))
+
+    def stop(self, why: str, code: int = 0) -> None:
+        """End the worker; of any thread."""
+        self.begin(why, code)
+        _celery.ask_to_stop()
+
+    def _begun(self) -> None:
+        self.flags.drain()
+        emit("lifecycle.draining", why=self.drain.asked.why if self.drain.asked else "")
+
+    def settled(self) -> None:
+        """Every delivery is settled: say with which exit code the worker ends."""
+        if self.drain.code is None:
+            self.begin("an error", was_asked=False)
+            self.worker.exitcode = self.drain.settled(self.worker.exitcode)
+            emit("lifecycle.stopped", code=self.worker.exitcode)
+
+    def ended(self) -> None:
+        """The worker is stopped; its process may go on."""
+        self.settled()
+        if self._server is not None:
+            self._server.close()
+        self.drain.has_ended.set()
+
+    # --- what is cut off ------------------------------------------------------------------
+
+    def _requeued(self, settlement: Settlement) -> None:
+        # Not what a lost connection has cut off, nor what had yet to start.
+        if (
+            settlement.reason == Reason.INTERRUPTED
+            and settlement.run_s is not None
+            and self._is_ending()
+        ):
+            self.drain.cut_off(is_put_back=True)
+
+    def _failed(self, settlement: Settlement) -> None:
+        failure = settlement.failure
+        # Nor what an earlier interruption of the same key fails.
+        if (
+            settlement.reason == Reason.INTERRUPTED
+            and failure is not None
+            and failure.exception.endswith("WorkerLostError")
+            and self._is_ending()
+        ):
+            self.drain.cut_off(is_put_back=False)
+
+    def _is_ending(self) -> bool:
+        """Celery cuts off at a cold stop before it says that there is one."""
+        return self.drain.has_begun.is_set() or _celery.is_in_a_signals_handler()
+
+    def _given_up(self, **_: Any) -> None:
+        self.drain.cut_off(is_put_back=False)
+
+    def _over_limit(self, **_: Any) -> None:
+        self.stop("memory limit", ExitCode.RECYCLED)
+
+    # --- what the timekeeper does ------------------------------------------------------------
+
+    def running(self) -> int:
+        """How many tasks run."""
+        return _celery.running_tasks()
+
+    def interrupt(self) -> bool:
+        """Cut off what runs; True where it goes on until the process ends."""
+        if _celery.interrupts_bodies(self.worker.pool):
+            if self._is_program:
+                self._interrupter.send()
+            else:
+                self._cut_off()
+            return False
+        for request in _celery.running_requests():
+            self._count_plain(request)
+            _celery.cut_off_from_outside(request)
+        self.worker.consumer.shutdown()
+        return True
+
+    def _cut_off(self) -> None:
+        for request in _celery.running_requests():
+            self._count_plain(request)
+        _celery.cut_off_running(self.worker.consumer)
+
+    def _count_plain(self, request: Any) -> None:
+        """A task that is not resilient settles nothing."""
+        if not hasattr(request, "settled_as"):
+            self.drain.cut_off(is_put_back=bool(request.task.acks_late))
+
+    def kill_children(self) -> int:
+        """Kill the children that have not ended."""
+        return kill(_celery.children_of(self.worker.pool))
+
+    def exit_now(self, code: int) -> None:
+        """End this process, unless it is somebody else's."""
+        if self._is_program:
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+
+
+class HealthWatch:
+    """
+    Looks at one worker, in two threads: at its pool, and at its main loop from within.
+
+    Args:
+        lifecycle: Of the worker.
+        waiting_at_gate: How many requests wait to run alone.
+        ask_store: See `Lifecycle`.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        waiting_at_gate: Callable[[], set[Any]],
+        ask_store: Callable[[], None] | None,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._waiting_at_gate = waiting_at_gate
+        self._ask_store = ask_store
+        self.is_connected = False
+        self._turned_at = time.monotonic()
+        self._stuck, self._waits = Since(), Since()
+        self._stuck_s: float | None = None
+        self._waits_s: float | None = None
+        self._accepted = 0
+        self._store = ""
+
+    def connected(self, consumer: Any) -> None:
+        """The main loop turns from now on."""
+        self._turned_at = time.monotonic()
+        self.is_connected = True
+
+    def tick(self, consumer: Any) -> None:
+        """Every second: in the event loop, or in a thread that asks another loop."""
+        pool = consumer.pool
+        if _celery.is_event_loop_prefork(pool):
+            self._turned()
+        else:
+            consumer.call_soon(self._turned)
+        accepted = _celery.accepted_tasks()
+        try:
+            waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
+        except RuntimeError:
+            waiting = set()  # they change, so that something goes on
+        is_free = _celery.running_tasks() < pool.num_processes
+        waits = bool(waiting) and is_free and accepted == self._accepted
+        self._accepted = accepted
+        self._waits_s = self._waits.look(waits, time.monotonic())
+
+    def _turned(self) -> None:
+        self._turned_at = time.monotonic()
+
+    def run(self) -> None:
+        """Look at the children every second, and ask the store now and then."""
+        asked_at = -STORE_S
+        pool = self._lifecycle.worker.pool
+        ended = self._lifecycle.drain.has_ended
+        while not ended.wait(TICK_S):
+            pids = _celery.children_of(pool)
+            is_stuck = bool(pids) and not any(map(can_answer, pids))
+            now = time.monotonic()
+            self._stuck_s = self._stuck.look(is_stuck, now)
+            if self._ask_store is not None and now - asked_at >= STORE_S:
+                asked_at = now
+                self._look_at_store(self._ask_store)
+
+    def _look_at_store(self, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+            self._store = ""
+        except Exception as exc:
+            self._store = safe_text(exc)
+
+    def seen(self) -> Seen:
+        """What is seen now; of any thread."""
+        pool = self._lifecycle.worker.pool
+        held_up = not _celery.is_event_loop_prefork(pool) and _celery.running_tasks()
+        pids = _celery.children_of(pool)
+        return Seen(
+            is_draining=self._lifecycle.drain.has_begun.is_set(),
+            is_connected=self.is_connected,
+            loop_age_s=None if held_up else time.monotonic() - self._turned_at,
+            children=len(pids) or None,
+            children_stuck_s=self._stuck_s,
+            work_waits_s=self._waits_s,
+            store=self._store,
+        )
+
+    def live(self) -> Answer:
+        """Whether a new start would help."""
+        return live(self.seen())
+
+    def ready(self) -> Answer:
+        """Whether it takes tasks."""
+        return ready(self.seen())
+
+    def facts(self) -> dict[str, Any]:
+        """Told beside each answer."""
+        seen = self.seen()
+        return {
+            "worker": self._lifecycle.worker.hostname,
+            "draining": seen.is_draining,
+            "connected": seen.is_connected,
+            "children": seen.children,
+            "running": _celery.running_tasks(),
+            "held": _celery.held_tasks(),
+        }
+
+
+def _no_worker() -> None:
+    """There was none in this process."""
+
+
+_detach = _no_worker
+
+
+class LifecycleStep(bootsteps.StartStopStep):
+    """Starts what keeps the time, once there is a pool."""
+
+    label = "Resilience: lifecycle"
+    name = "celery_resilience.lifecycle.bootstep.LifecycleStep"
+    requires = ("celery.worker.components:Pool",)
+
+    lifecycle: ClassVar[Lifecycle]
+
+    def start(self, worker: Any) -> None:
+        """Before the consumer, which may wait for its broker."""
+        self.lifecycle.started()
+
+    def close(self, worker: Any) -> None:
+        """The worker ends, and perhaps no signal has said so."""
+        failed = worker.exitcode not in (None, 0)
+        why = "an error" if failed else "shutdown"
+        self.lifecycle.begin(why, was_asked=not failed)
+
+    def stop(self, worker: Any) -> None:
+        """The consumer is stopped, and the pool is waited for next."""
+        self.lifecycle.hand_back()
+
+    def terminate(self, worker: Any) -> None:
+        """A cold stop: the end of the connection is near."""
+
+
+class ConnectionStep(bootsteps.StartStopStep):
+    """Hears when the broker is there, and when it is lost."""
+
+    label = "Resilience: connection"
+    name = "celery_resilience.lifecycle.bootstep.ConnectionStep"
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    lifecycle: ClassVar[Lifecycle]
+
+    def start(self, consumer: Any) -> None:
+        """The consumer consumes."""
+        self.lifecycle.connected(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        """The connection is lost, or the worker stops."""
+        self.lifecycle.disconnected()
+
+
+def connection_step(lifecycle: Lifecycle) -> type[Any]:
+    """A step for one app's consumer."""
+    return type("ConnectionStep", (ConnectionStep,), {"lifecycle": lifecycle})
+
+
+def lifecycle_step(lifecycle: Lifecycle) -> type[Any]:
+    """A step for one app's worker."""
+    return type("LifecycleStep", (LifecycleStep,), {"lifecycle": lifecycle})

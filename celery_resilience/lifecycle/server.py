@@ -1,0 +1,124 @@
+"""Answers `/live` and `/ready` over HTTP, in a thread beside the main loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from celery_resilience.errors import ConfigurationError
+from celery_resilience.lifecycle.health import Answer
+from celery_resilience.threads import start_deaf
+
+#: Seconds that a client has to say what it wants.
+CLIENT_S = 5.0
+
+Answers = dict[str, Callable[[], Answer]]
+
+
+class HealthServer:
+    """
+    Listens from the start on, and answers once it is served.
+
+    Args:
+        address: Host, "" for every address of this one, and port.
+        answers: What is asked at each path.
+        facts: Told beside each answer.
+
+    Raises:
+        ConfigurationError: The address is taken, or is none of this host.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        answers: Answers,
+        facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        handler = type("Handler", (_Handler,), {"answers": answers, "facts": facts})
+        host, port = address
+        try:
+            listening = _listen(host, port)
+        except OSError as exc:
+            raise ConfigurationError(
+                f"resilience_health_port: cannot listen on {host or '*'}:{port}: {exc}"
+            ) from exc
+        self._server = _Server(("", 0), handler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = listening
+        self._is_served = False
+
+    def serve(self) -> None:
+        """Answer from now on."""
+        self._is_served = True
+        start_deaf(self._server.serve_forever, "health")
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._is_served:
+            # It waits for the thread, which there must be.
+            self._server.shutdown()
+        self._server.server_close()
+
+    def close_in_child(self) -> None:
+        """Child: let the port go, which else outlives the worker."""
+        with contextlib.suppress(OSError):
+            self._server.socket.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if host:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+    return socket.create_server(("", port))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    answers: Answers
+    facts: Callable[[], dict[str, Any]]
+
+    timeout = CLIENT_S
+    server_version = "celery-resilience"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answer with 200 or 503, and why."""
+        path = self.path.partition("?")[0].rstrip("/")
+        ask = self.answers.get(path)
+        if ask is None:
+            paths = sorted(self.answers)
+            self._send(HTTPStatus.NOT_FOUND, {"paths": paths})
+            return
+        answer = ask()
+        status = HTTPStatus.OK if answer.is_well else HTTPStatus.SERVICE_UNAVAILABLE
+        name = path.strip("/")
+        body = {name: answer.is_well, "reasons": list(answer.reasons)}
+        self._send(status, {**body, **type(self).facts()})
+
+    do_HEAD = do_GET
+
+    def _send(self, status: HTTPStatus, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode() + b"\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A probe asks every few seconds: nothing is logged."""
