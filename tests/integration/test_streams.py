@@ -87,7 +87,7 @@ def test_a_worker_that_stops_hands_the_rest_over(
     eventually(lambda: seen(fleet)[-1:] == [25], within_s=30)
 
     os.killpg(first.pid, signal.SIGTERM)
-    eventually(lambda: "Warm shutdown" in first.text, within_s=10)
+    eventually(lambda: "stopping (SIGTERM)" in first.text, within_s=10)
     gate.touch()
     assert first.wait(within_s=20) == 0
     fleet.worker(concurrency=1)
