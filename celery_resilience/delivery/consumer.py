@@ -18,6 +18,7 @@ from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
 from celery_resilience.delivery.outbox import Outgoing
 from celery_resilience.delivery.redis_visibility import RedisVisibility
+from celery_resilience.draining import is_draining
 from celery_resilience.events import emit
 from celery_resilience.failure import Failure, fingerprint_of, type_name
 from celery_resilience.message import (
@@ -92,6 +93,11 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> Any:
+            if is_draining():
+                # A loop that blocks takes some more before it ends (``loops.py``,
+                # Celery 5.7).
+                message.reject_log_error(logger, self.connection_errors, requeue=True)
+                return None
             if message.body and len(message.body) > LARGE_BYTES:
                 emit(
                     "delivery.large_message_received",
