@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -125,6 +126,8 @@ class ChildRooms:
 
     Attributes:
         around: The rooms right around the body, the outermost first.
+        give_way: What an exception's handler does first of all: it gives back the
+            memory that a run's limit denies the process. It makes no object.
     """
 
     fence: ReplayFence
@@ -133,6 +136,7 @@ class ChildRooms:
     facts: TellsFacts
     is_ending: IsEnding
     around: tuple[AroundBody, ...] = ()
+    give_way: Callable[[], object] | None = None
 
 
 class Installation:
@@ -220,6 +224,16 @@ class Installation:
     def max_crashes(self) -> int:
         """The flag, or the setting."""
         return self.flags.get("max_crashes") or self.settings.max_crashes
+
+    @property
+    def memory_recycle_mib(self) -> float | str | None:
+        """The flag, or the setting."""
+        return self.flags.get("memory_recycle_mib") or self.settings.memory_recycle_mib
+
+    @property
+    def memory_limit_mib(self) -> float | str | None:
+        """The flag, or the setting; a task's own beats both."""
+        return self.flags.get("memory_limit_mib") or self.settings.memory_limit_mib
 
     def failed_queues(self) -> list[str]:
         """Every failed queue of the app, the default first."""
@@ -386,6 +400,9 @@ def install(app: Celery) -> Installation:
     installation = Installation(app)
     setattr(app, _ATTRIBUTE, installation)
     flags.add_worker_flags(app)
+    if "celery.bin.base" in sys.modules:
+        # `celery inspect` offers only what is registered in its own process.
+        import celery_resilience.memory.command  # noqa: F401
 
     def on_celeryd_init(
         sender: Any = None, instance: Any = None, options: Any = None, **_: Any

@@ -24,8 +24,6 @@ PREFIX = "resilience_"
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
     "circuits": {},
-    "memory_recycle_mib": None,
-    "memory_limit_mib": None,
     "sessions": "auto",
     "metrics_port": None,
     "health_port": None,
@@ -77,6 +75,24 @@ def _mib(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
         return float(value)
     raise _Refused("a number of MiB from 1, or None")
+
+
+#: What is accepted as an amount of memory.
+MEMORY_AMOUNT = 'a number of MiB from 1, a share such as "25%"'
+
+
+def is_memory_amount(value: Any) -> bool:
+    """Whether a value is MiB, or a share of the container's memory."""
+    if isinstance(value, str):
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", value)
+        return share is not None and 0 < float(share[1]) <= 100
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def _memory(value: Any) -> float | str:
+    if is_memory_amount(value):
+        return value if isinstance(value, str) else float(value)
+    raise _Refused(f"{MEMORY_AMOUNT}, or None")
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -268,6 +284,18 @@ class Settings:
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."
+    )
+    memory_recycle_mib: float | str | None = _setting(
+        None,
+        _optional(_memory),
+        "What a child may gain in its life before it is recycled, between two tasks; a "
+        "share is one of the container's memory. None: any amount.",
+    )
+    memory_limit_mib: float | str | None = _setting(
+        None,
+        _optional(_memory),
+        "What one run may take before it fails as memory_limit; a share is one of the "
+        "container's memory. None: any amount.",
     )
     log_format: str | None = _setting(
         None, _optional(_log_format), "How the record of a failed task is written."

@@ -86,6 +86,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             that takes the arguments, looks, and returns whether the effect happened.
         unique_enqueue: A second send while the first waits is not sent, and returns
             the first one's AsyncResult.
+        memory_limit_mib: What a run may take besides what its child has at the start
+            of it, in MiB, or as a share ("25%") of the container's memory; above it the
+            run fails as `memory_limit`. None: `resilience_memory_limit_mib`. In the
+            prefork pool only.
     """
 
     abstract = True
@@ -100,6 +104,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     if_done: IfDone = "return_saved"
     if_interrupted: IfInterrupted = "rerun"
     unique_enqueue: bool = False
+    memory_limit_mib: float | str | None = None
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
@@ -229,6 +234,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 _celery.enter_body(request)
                 result = self.run(*args, **kwargs)
         except BaseException as exc:
+            if rooms.give_way is not None:
+                rooms.give_way()
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self._after_body(rooms, request, exc)
             raise

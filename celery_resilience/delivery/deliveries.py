@@ -23,10 +23,14 @@ from celery_resilience._kombu import queue_of
 from celery_resilience._kombu_redis import is_broadcast
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
+from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.message import OriginalMessage, original_message, text_of
 from celery_resilience.outcome import Outcome, Settlement
 
 logger = logging.getLogger("celery_resilience.delivery")
+
+#: Children that were ended, of which more are forgotten.
+MAX_ENDED = 100
 
 
 class Verdict(Protocol):
@@ -90,6 +94,7 @@ class Deliveries:
         counts: Settlements by outcome since the worker started.
         received: Deliveries since the worker started.
         held: Messages that are dealt with but wait for the outbox before their ack.
+        ended_children: Why a run failed whose child was ended for it, by the pid.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Deliveries:
         self.counts: Counter[Outcome] = Counter()
         self.received = 0
         self.held: set[Any] = set()
+        self.ended_children: dict[int, MemoryLimitExceeded] = {}
         self._open: dict[int, Any] = {}
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
@@ -125,6 +131,12 @@ class Deliveries:
         """A delivery is settled."""
         self._open.pop(id(request), None)
         self.counts[outcome] += 1
+
+    def ended_child(self, pid: int, why: MemoryLimitExceeded) -> None:
+        """A child is about to be ended, for what its run has taken."""
+        self.ended_children[pid] = why
+        while len(self.ended_children) > MAX_ENDED:
+            self.ended_children.pop(next(iter(self.ended_children)))
 
     def drop_unstarted(self, keep: set[Any]) -> None:
         """
