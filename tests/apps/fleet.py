@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import keyed_tasks
+import memory_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
@@ -72,6 +73,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         Resilience(app)
     _register(app, base)
     keyed_tasks.register(app, base, note)
+    memory_tasks.register(app, base, note, conf)
     return app
 
 
