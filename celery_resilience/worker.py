@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -230,6 +231,7 @@ class WorkerSetup:
                 slots=slots,
                 own_kib_of=eyes.own_kib_of,
                 has_limits=limits.are_any,
+                is_enforced=sys.platform == "linux",
                 recycle_kib=recycle_kib,
                 container=container if is_asked_for else None,
             ),

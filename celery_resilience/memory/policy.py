@@ -127,14 +127,16 @@ def act_on_run(
     return Act.KILL if signalled_for_s >= GRACE_S else Act.NOTHING
 
 
-def next_look_s(fullest: float) -> float:
+def next_look_s(fullest: float, *, is_enforced: bool) -> float:
     """
     Seconds until the next look at runs with a limit.
 
     Args:
         fullest: The largest part of its limit that one of them uses.
+        is_enforced: The system refuses allocations above a limit.
     """
-    return LOOK_CLOSELY_S if fullest > LOOK_CLOSELY_ABOVE else LOOK_S
+    is_close = fullest > LOOK_CLOSELY_ABOVE or not is_enforced
+    return LOOK_CLOSELY_S if is_close else LOOK_S
 
 
 class Sustained:

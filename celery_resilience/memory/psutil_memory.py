@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import psutil  # type: ignore[import-untyped]
+from typing import Any
 
+from celery_resilience.errors import MissingExtra
 from celery_resilience.memory.proc import Usage
+
+
+def _psutil() -> Any:
+    """
+    The library.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ModuleNotFoundError as exc:
+        raise MissingExtra.of("psutil", "all", "memory without /proc") from exc
+    return psutil
 
 
 class PsutilMemory:
@@ -15,7 +30,7 @@ class PsutilMemory:
     """
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
+        self._process = _psutil().Process()
 
     def read(self) -> Usage:
         """Tens of microseconds."""
@@ -35,6 +50,7 @@ class PsutilMemory:
 
 def own_kib_of(pid: int) -> int | None:
     """Another process's resident memory; None: it has ended."""
+    psutil = _psutil()
     try:
         return int(psutil.Process(pid).memory_info().rss) // 1024
     except psutil.Error:

@@ -64,6 +64,7 @@ class MemoryWatch:
         slots: What they tell.
         own_kib_of: Own memory of a process; None: it has ended.
         has_limits: Some run may have a limit.
+        is_enforced: The system refuses allocations above it.
         recycle_kib: What a child may gain; None: any amount.
         container: Whose memory is guarded; None: nobody's.
         clock: Monotonic seconds.
@@ -72,6 +73,7 @@ class MemoryWatch:
     slots: Slots
     own_kib_of: Callable[[int], int | None]
     has_limits: bool
+    is_enforced: bool
     recycle_kib: int | None
     container: Container | None
     clock: Callable[[], float] = time.monotonic
@@ -97,7 +99,9 @@ class MemoryWatch:
         if self.container is not None and now - self._container_at >= IDLE_LOOK_S:
             self._container_at = now
             self._look_at_container(self.container, hands, now)
-        return next_look_s(fullest) if self.has_limits else IDLE_LOOK_S
+        if not self.has_limits:
+            return IDLE_LOOK_S
+        return next_look_s(fullest, is_enforced=self.is_enforced)
 
     def _tell_recycled(self, slot: memoryview[int], seen: _Seen) -> None:
         while seen.recycled < slot[s.RECYCLED]:
