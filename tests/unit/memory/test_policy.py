@@ -33,7 +33,13 @@ seconds = st.floats(min_value=0, max_value=1e6)
 
 @pytest.mark.parametrize(
     ("amount", "kib"),
-    [(1.0, 1_024), (300, 307_200), ("25%", 250_000), ("100%", 1_000_000), ("0.1%", 1e3)],
+    [
+        (1.0, 1_024),
+        (300, 307_200),
+        ("25%", 250_000),
+        ("100%", 1_000_000),
+        ("0.1%", 1e3),
+    ],
 )
 def test_an_amount_is_mib_or_a_share(amount: float | str, kib: int) -> None:
     """Of the whole."""
