@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -43,8 +44,13 @@ def register(
 
     Args:
         conf: `fleet_ballast_mib`, what its processes have from the start; and
-            `fleet_recycle_every`, runs after which a child ends.
+            `fleet_recycle_every`, runs after which a child ends; `fleet_cgroups`,
+            the folder of another kernel's cgroups.
     """
+    if conf.get("fleet_cgroups"):
+        from celery_resilience.memory import container
+
+        container.CGROUPS = Path(conf["fleet_cgroups"])
     if conf.get("fleet_ballast_mib"):
         take(conf["fleet_ballast_mib"], kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -137,3 +138,55 @@ def test_what_does_not_hear_the_signal_is_ended(
     assert stop() < (2_048 if how == "at once" else 1.5 * CAP_MIB)
     assert worker.stop() == 0
     assert worker.outcomes() == {"received": 7, "succeeded": 6, "failed": 1}
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["resilient", "plain"])
+def test_a_limit_is_for_the_tasks_that_have_it(
+    make_fleet: FleetMaker, is_plain: bool
+) -> None:
+    """A task's own beats the flag, which beats the setting; plain Celery has none."""
+    fleet = make_fleet("redis", is_plain=is_plain, resilience_memory_limit_mib=5_000)
+    flags = [] if is_plain else ["--memory-limit-mib", "100"]
+    fleet.worker(*flags, concurrency=1)
+    allowed = fleet.send("greedy_unlimited", 200)
+    refused = fleet.send("greedy", "in steps", 200)
+
+    eventually(lambda: allowed.state == "SUCCESS")
+    eventually(lambda: refused.state == ("SUCCESS" if is_plain else "FAILURE"))
+    assert bool(fleet.notes("survived")) is is_plain
+
+
+def test_in_a_full_container_the_largest_run_goes_first(
+    make_fleet: FleetMaker, tmp_path: Path
+) -> None:
+    """It fails as memory_limit with the container's figures; the other goes on."""
+    container = tmp_path / "cgroups"
+    container.mkdir()
+    (container / "memory.max").write_text(str(1_000 << 20))
+    (container / "memory.stat").write_text("inactive_file 0\n")
+
+    def fill(used_mib: int) -> None:
+        (container / "memory.current").write_text(str(used_mib << 20))
+
+    fill(500)
+    fleet = make_fleet(
+        "redis", resilience_memory_recycle_mib="50%", fleet_cgroups=str(container)
+    )
+    worker = fleet.worker()
+    end = tmp_path / "end"
+    small = fleet.send("hold", 5, 60, str(end))
+    large = fleet.send("hold", 60, 60, str(end))
+    eventually(lambda: len(fleet.notes("holds")) == 2)
+
+    fill(850)
+    eventually(lambda: "has used 850 of its 1000 MiB" in worker.text)
+    fill(960)
+    eventually(lambda: "was the largest" in worker.text)
+    fill(500)
+    end.touch()
+    record = fleet.record_of(large.id)
+    assert record["reason"] == "memory_limit"
+    assert "had used 960 of its 1000 MiB" in record["message"]
+    eventually(lambda: done([small]))
+    assert worker.stop() == 0
+    assert worker.outcomes() == {"received": 2, "succeeded": 1, "failed": 1}
