@@ -446,13 +446,13 @@ class PoolChild:
         self._worker = worker
         self.place = place
 
-    def end_before_next_job(self, should_end: Callable[[], bool]) -> None:
+    def end_before_next_job(self, should_end: Callable[[int], bool]) -> None:
         """
         End this child, as one that has had its number of tasks, when *should_end* says so.
 
-        Asked before each look for a job, which is once a second at least. The last
-        result has been written then, and a job that lies in the pipe is given to
-        another child (``pool.py:337`` and ``466``, billiard 4.3;
+        Asked, with the number of jobs that it has done, before each look for another
+        one. The last result has been written then, and a job that lies in the pipe is
+        given to another child (``pool.py:337``, billiard 4.3;
         ``concurrency/asynpool.py:825``, Celery 5.7).
         """
         worker = self._worker
@@ -461,7 +461,7 @@ class PoolChild:
 
         def end_or_wait_for_job(*args: Any, **kwargs: Any) -> Any:
             nonlocal jobs
-            if should_end():
+            if should_end(jobs):
                 _until_results_are_read(worker.on_ready_counter, jobs)
                 # billiard's, which notes the code.
                 sys.exit(EX_RECYCLE)

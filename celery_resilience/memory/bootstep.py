@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,15 +32,15 @@ class MemorySetup:
 
     Attributes:
         around: The room around the bodies.
-        watch: The main process's; None: there is no way to look.
+        watch: The main process's.
         recycle_kib: What a process may gain; None: any amount.
         because: Told why the run of a child has failed that is about to end.
     """
 
     around: MemoryAround
-    watch: MemoryWatch | None
+    watch: MemoryWatch
     recycle_kib: int | None
-    because: Any
+    because: Callable[[int, MemoryLimitExceeded], None]
 
 
 class MemoryStep(bootsteps.StartStopStep):
@@ -61,6 +62,7 @@ class MemoryStep(bootsteps.StartStopStep):
         self._pool: Any = None
         self._sustained: Sustained | None = None
         self._is_over = False
+        self._has_said = False
         super().__init__(consumer, **kwargs)
 
     def start(self, consumer: Any) -> None:
@@ -69,17 +71,21 @@ class MemoryStep(bootsteps.StartStopStep):
         self._pool = consumer.pool
         self._timer = _celery.unblocked_timer(consumer)
         consumer.resilience_memory = self.setup
-        look = self._look_at_children
         if _celery.is_prefork(self._pool):
             _celery.look_again_for_ended_children(self._pool, consumer.hub)
-        elif self.setup.recycle_kib is not None:
-            look = self._look_at_this_process
+            self._arm(self._look_at_children, IDLE_LOOK_S)
+            return
+        if self.setup.watch.has_limits and not self._has_said:
+            self._has_said = True
+            logger.warning(
+                "memory_limit_mib is for the prefork pool: here a run may take all "
+                "memory that there is"
+            )
+        if self.setup.recycle_kib is not None:
             if self._sustained is None:
                 self._sustained = Sustained(self.setup.recycle_kib)
                 self.setup.around.enter_main(self._sustained)
-        else:
-            return
-        self._arm(look, IDLE_LOOK_S)
+            self._arm(self._look_at_this_process, IDLE_LOOK_S)
 
     def _arm(self, look: Any, after_s: float) -> None:
         def again() -> None:
@@ -95,10 +101,7 @@ class MemoryStep(bootsteps.StartStopStep):
         self._entry = self._timer.call_after(after_s, again)
 
     def _look_at_children(self) -> float:
-        watch = self.setup.watch
-        if watch is None:
-            return IDLE_LOOK_S
-        return watch.look(Hands(signal=signal_child, end=self._end))
+        return self.setup.watch.look(Hands(signal=signal_child, end=self._end))
 
     def _end(self, pid: int, why: MemoryLimitExceeded) -> None:
         self.setup.because(pid, why)

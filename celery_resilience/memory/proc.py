@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 if sys.platform != "win32":
     import resource
@@ -24,8 +23,7 @@ PROC = Path("/proc")
 FOREIGN_PEAK_KIB = 8_192
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """
     What a process has.
 
@@ -84,11 +82,10 @@ class ProcMemory:
 
     def read(self) -> Usage:
         """About a microsecond."""
-        fields = os.pread(self._statm, 128, 0).split()
-        resident, page = int(fields[1]), self._page_kib
-        return Usage(
-            (resident - int(fields[2])) * page, resident * page, int(fields[5]) * page
-        )
+        _, resident, shared, _, _, data, _ = os.pread(self._statm, 128, 0).split()
+        page = self._page_kib
+        resident_kib = int(resident) * page
+        return Usage(resident_kib - int(shared) * page, resident_kib, int(data) * page)
 
     def forget_peak(self) -> None:
         """Half a microsecond; nothing where the kernel does not allow it."""

@@ -58,23 +58,23 @@ class Recycler:
         self._clock = clock
         self._trim = trim or _malloc_trim()
         self._trims = Trims()
-        self._looked_at = 0
         self._is_forgiven = False
 
-    def should_end(self) -> bool:
-        """Whether this child is over its limit, and stays there when it is tidied."""
+    def should_end(self, jobs: int) -> bool:
+        """
+        Whether this child is over its limit, and stays there when it is tidied.
+
+        Args:
+            jobs: Tasks that it has run, those that are not resilient too.
+        """
         around = self._around
+        around.look_again()
         if not is_over(around.growth_kib, self._limit_kib):
             return False
-        if around.runs == self._looked_at:
-            return False  # idle
-        self._looked_at = around.runs
         self._tidy()
-        if not is_over(around.growth_kib, self._limit_kib):
+        if not is_over(around.growth_kib, self._limit_kib) or self._forgives(jobs):
             return False
-        if self._forgives():
-            return False
-        self._say()
+        self._say(jobs)
         return True
 
     def _tidy(self) -> None:
@@ -83,19 +83,19 @@ class Recycler:
             return
         before_kib = around.growth_kib
         give_back(self._trim)
-        around.usage = around.reader.read()
+        around.look_again()
         self._trims.trimmed(before_kib, around.growth_kib, now)
 
-    def _forgives(self) -> bool:
+    def _forgives(self, jobs: int) -> bool:
         """Whether what fresh children gain is counted as what they start with."""
         around, slots = self._around, self._around.slots
         if slots is None:
             return False
         head = slots.cells
         was = Brake(head[s.FRESH_OVER], bool(head[s.BRAKED]))
-        brake = was.over(around.runs)
+        brake = was.over(jobs)
         head[s.FRESH_OVER], head[s.BRAKED] = brake.in_a_row, int(brake.is_on)
-        if self._is_forgiven or not brake.forgives(around.runs):
+        if self._is_forgiven or not brake.forgives(jobs):
             return False
         self._is_forgiven = True
         if not was.is_on:
@@ -109,7 +109,7 @@ class Recycler:
         around.forgive()
         return True
 
-    def _say(self) -> None:
+    def _say(self, jobs: int) -> None:
         around = self._around
         cells, slots = around.cells, around.slots
         grew = around.grown_by_task()
@@ -122,7 +122,7 @@ class Recycler:
             "most by %s",
             os.getpid(),
             around.growth_kib / KIB_PER_MIB,
-            around.runs,
+            jobs,
             self._limit_kib / KIB_PER_MIB,
             named or "nobody knows whom",
         )

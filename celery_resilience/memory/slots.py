@@ -29,8 +29,7 @@ HEAD = 4
     RUNS,  # of this child, started
     RUNNING,  # the row of the task that runs, plus 1; 0: none
     START,  # own memory at the child's start
-    OWN,  # own memory after its last run
-    RUN_START,  # own memory at the start of the run
+    OWN,  # own memory after its last run, and so at the start of the present one
     LIMIT,  # of the run; 0: none
     HEARS,  # 1: a signal makes the run fail
     RECYCLED,  # children of this place that were recycled
@@ -40,7 +39,7 @@ HEAD = 4
     LAST_TASK,
     LAST_PEAK,  # -1: nobody knows
     LAST_GROWTH,
-) = range(15)
+) = range(14)
 SLOT = 16
 
 # A row of a slot.

@@ -17,7 +17,20 @@ from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.memory import slots as s
 from celery_resilience.memory.policy import KIB_PER_MIB, Sustained, share_of
 from celery_resilience.memory.proc import ReadsMemory, Usage
-from celery_resilience.memory.slots import Slots
+from celery_resilience.memory.slots import (
+    GREW,
+    GREW_MOST,
+    LAST_GROWTH,
+    LAST_PEAK,
+    LAST_TASK,
+    OWN,
+    PEAK,
+    ROW,
+    RUNNING,
+    RUNS,
+    SLOT,
+    Slots,
+)
 from celery_resilience.soft_limit import MEMORY_SIGNAL
 
 if sys.platform != "win32":
@@ -108,6 +121,7 @@ class MemoryAround:
         self.usage = Usage(0, 0, 0)
         self.start_kib = 0
         self._sustained: Sustained | None = None
+        self._told: dict[str, tuple[int, int]] = {}
         self._rows_at_start: list[int] = []
         self.lift: Callable[[], object] | None = None
         if limits.are_any:
@@ -149,6 +163,12 @@ class MemoryAround:
     def runs(self) -> int:
         """Runs that this child has started."""
         return self.cells[s.RUNS]
+
+    def look_again(self) -> None:
+        """This process has given memory back."""
+        if self.reader is not None:
+            self.usage = self.reader.read()
+            self.cells[s.OWN] = self.usage.own_kib
 
     def forgive(self) -> None:
         """Count what this process has now as what it had at its start."""
@@ -193,7 +213,7 @@ class MemoryAround:
             # Its frames hold what there was too much of.
             traceback.clear_frames(exc.__traceback__)
         try:
-            growth_kib, peak_kib = self._ended(task.name)
+            growth_kib, peak_kib = self._ended(limit_kib)
         except Exception:
             self._give_up()
             return
@@ -208,12 +228,10 @@ class MemoryAround:
     def _started(self, name: str) -> None:
         cells, reader = self.cells, self.reader
         assert reader is not None
-        own_kib = self.usage.own_kib
-        cells[s.RUNS] += 1
-        cells[s.RUN_START] = own_kib
+        row, limit_kib = self._told.get(name) or self._tell(name)
+        cells[RUNS] += 1
+        cells[RUNNING] = row + 1
         reader.forget_peak()
-        limit_kib = self._limits.of(name)
-        cells[s.RUNNING] = (0 if self.slots is None else self.slots.row(name)) + 1
         if limit_kib:
             self._limit_kib = limit_kib
             self._hear()
@@ -222,30 +240,41 @@ class MemoryAround:
                 self._deny_above(self.usage.data_kib + limit_kib)
         self._in_body = True
 
-    def _ended(self, name: str) -> tuple[int, int]:
+    def _tell(self, name: str) -> tuple[int, int]:
+        """The row and the limit of a task, which stay the same."""
+        row = 0 if self.slots is None else self.slots.row(name)
+        told = self._told[name] = row, self._limits.of(name)
+        return told
+
+    def _ended(self, limit_kib: int) -> tuple[int, int]:
         """Growth of the run, and its peak above its start."""
         cells, reader = self.cells, self.reader
         assert reader is not None
-        before = self.usage
-        cells[s.RUNNING] = cells[s.LIMIT] = 0
-        self.usage = usage = reader.read()
         if not self._is_child:
+            self.usage = reader.read()
             if self._sustained is not None:
                 self._sustained.run_ended(self.growth_kib, self.clock())
             return 0, 0
-        growth_kib = usage.own_kib - before.own_kib
+        row = cells[RUNNING] - 1
+        cells[RUNNING] = 0
+        if limit_kib:
+            cells[s.LIMIT] = 0
+        own_before, resident_before, _ = self.usage
+        self.usage = usage = reader.read()
+        own_kib = usage[0]
+        growth_kib = own_kib - own_before
         peak = reader.peak_kib()
-        peak_kib = -1 if peak is None else max(0, peak - before.resident_kib)
-        row = 0 if self.slots is None else self.slots.row(name)
-        cells[s.OWN] = usage.own_kib
-        cells[s.LAST_TASK] = row
-        cells[s.LAST_GROWTH] = growth_kib
-        cells[s.LAST_PEAK] = peak_kib
-        at = s.SLOT + s.ROW * row
+        peak_kib = -1 if peak is None else max(0, peak - resident_before)
+        cells[OWN] = own_kib
+        cells[LAST_TASK] = row
+        cells[LAST_GROWTH] = growth_kib
+        cells[LAST_PEAK] = peak_kib
+        at = SLOT + ROW * row
         cells[at] += 1
-        cells[at + 1] += growth_kib
-        cells[at + 2] = max(cells[at + 2], growth_kib)
-        cells[at + 3] = max(cells[at + 3], peak_kib)
+        if growth_kib:
+            cells[at + GREW] += growth_kib
+            cells[at + GREW_MOST] = max(cells[at + GREW_MOST], growth_kib)
+        cells[at + PEAK] = max(cells[at + PEAK], peak_kib)
         return growth_kib, peak_kib
 
     @staticmethod
@@ -279,7 +308,7 @@ class MemoryAround:
         limit_kib, reader = self._limit_kib, self.reader
         if not self._in_body or not limit_kib or reader is None:
             return  # it has just ended
-        used_kib = reader.read().own_kib - self.cells[s.RUN_START]
+        used_kib = reader.read().own_kib - self.cells[s.OWN]
         name = "" if self.slots is None else self._name()
         raise exceeded(name, limit_kib, used_kib=used_kib, how="it was signalled")
 

@@ -116,7 +116,7 @@ class MemoryWatch:
 
     def _look_at_run(self, slot: memoryview[int], seen: _Seen, hands: Hands) -> float:
         pid, run, limit_kib = slot[s.PID], slot[s.RUNS], slot[s.LIMIT]
-        start_kib, task, hears = slot[s.RUN_START], slot[s.RUNNING], slot[s.HEARS]
+        start_kib, task, hears = slot[s.OWN], slot[s.RUNNING], slot[s.HEARS]
         own_kib = self.own_kib_of(pid)
         if own_kib is None or not limit_kib or not task:
             return 0.0

@@ -134,10 +134,4 @@ def register(
 
             child = _celery.pool_child()
             assert child is not None
-            runs: list[str] = []
-
-            @signals.task_postrun.connect(weak=False)
-            def count(task_id: str = "", **_: Any) -> None:
-                runs.append(task_id)
-
-            child.end_before_next_job(lambda: len(runs) >= every)
+            child.end_before_next_job(lambda jobs: jobs >= every)

@@ -356,7 +356,7 @@ def test_a_child_below_its_limit_stays(slots: Slots) -> None:
     recycler, heap = recycler_of(child)
     child.run("leak", 100)
 
-    assert not recycler.should_end()
+    assert not recycler.should_end(child.around.runs)
     assert heap.trims == 0
 
 
@@ -367,7 +367,7 @@ def test_what_is_free_is_given_back_first(slots: Slots) -> None:
     child.run("leak", 101)
     heap.free_kib = 50 * MIB
 
-    assert not recycler.should_end()
+    assert not recycler.should_end(child.around.runs)
     assert heap.trims == 1
     child.run("ship")
     assert child.slot[s.OWN] - child.slot[s.START] == 51 * MIB
@@ -381,7 +381,7 @@ def test_a_child_that_stays_over_its_limit_ends(
     recycler, _ = recycler_of(child)
     child.run("leak", 101)
 
-    assert recycler.should_end()
+    assert recycler.should_end(child.around.runs)
     assert child.slot[s.RECYCLED] == 1
     assert child.slot[s.RECYCLED_GREW] == 101 * MIB
     assert slots.tasks[child.slot[s.RECYCLED_TASK]] == "leak"
@@ -396,13 +396,23 @@ def test_fresh_children_over_the_limit_end_the_recycling(
     for child, ends in ((first, True), (second, False)):
         recycler, _ = recycler_of(child)
         child.run("leak", 150)
-        assert recycler.should_end() is ends
+        assert recycler.should_end(child.around.runs) is ends
     assert caplog.text.count("below what a child needs") == 1
 
     second.run("leak", 90)
-    assert not recycler.should_end()
+    assert not recycler.should_end(child.around.runs)
     second.run("leak", 20)
-    assert recycler.should_end()
+    assert recycler.should_end(child.around.runs)
+
+
+def test_what_other_tasks_leave_behind_counts_too(slots: Slots) -> None:
+    """Those that are not resilient tell nothing, and are looked at before the next."""
+    child = Child(slots)
+    recycler, _ = recycler_of(child)
+    child.eye.own_kib += 101 * MIB
+
+    assert recycler.should_end(jobs=7)
+    assert slots.tasks[child.slot[s.RECYCLED_TASK]] == OTHER_TASKS
 
 
 # --- this process --------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Pool:
         slot[s.PID] = 100 + place
         slot[s.RUNS] += 1
         slot[s.RUNNING] = self.slots.row(task) + 1
-        slot[s.RUN_START] = 10 * MIB
+        slot[s.OWN] = 10 * MIB
         slot[s.LIMIT] = limit_mib * MIB
         slot[s.HEARS] = 1
         self.own_kib[100 + place] = own_mib * MIB
