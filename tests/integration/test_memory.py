@@ -24,7 +24,7 @@ def pids(fleet: Fleet, name: str) -> list[int]:
 
 def memory_of(fleet: Fleet, worker: Worker) -> Any:
     """What `celery inspect resilience_memory` says of a worker."""
-    command = ("inspect", "resilience_memory", "--json", "--timeout", "10")
+    command = ("inspect", "resilience_memory", "--json", "-d", "w0@test")
     said = fleet.command(*command)
     assert said.returncode == 0, said.stdout + said.stderr
     return json.loads(said.stdout)[f"{worker.name}@test"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +24,9 @@ def done(sent: list[Any]) -> bool:
 
 def sizes_mib(worker: Worker) -> Iterator[float]:
     """Resident memory of each child."""
-    for child in psutil.Process(worker.pid).children():
-        try:
-            yield child.memory_info().rss / (1 << 20)
-        except psutil.Error:
-            continue
+    for pid in worker.children():
+        with contextlib.suppress(psutil.Error):
+            yield psutil.Process(pid).memory_info().rss / (1 << 20)
 
 
 def watched(worker: Worker) -> Callable[[], float]:
@@ -36,7 +35,7 @@ def watched(worker: Worker) -> Callable[[], float]:
     most, end = [0.0], threading.Event()
 
     def look() -> None:
-        while not end.wait(0.01):
+        while not end.wait(0.01) and worker.is_alive:
             most[0] = max(most[0], *sizes_mib(worker), 0)
 
     thread = threading.Thread(target=look, daemon=True)
@@ -57,6 +56,7 @@ def watched(worker: Worker) -> Callable[[], float]:
         ("redis", "greedy_late", "in steps"),
         ("rabbitmq", "greedy_late", "at once"),
         ("filesystem", "greedy", "in steps"),
+        ("redis", "greedy", "in crumbs"),
     ],
 )
 def test_an_allocation_above_the_limit_fails_in_the_task(

@@ -112,7 +112,7 @@ def test_spawned_children_are_recycled_too(make_fleet: FleetMaker) -> None:
     eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
     first, second, third, fourth = pids(fleet, "leak")
     assert first == second != third == fourth
-    said = fleet.command("inspect", "resilience_memory", "--json", "--timeout", "10")
+    said = fleet.command("inspect", "resilience_memory", "--json", "-d", "w0@test")
     figures = json.loads(said.stdout)["w0@test"]
     assert figures["recycled"] >= 1
     assert figures["tasks"][0]["task"] == "leak"

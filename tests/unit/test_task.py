@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from unit.specimens import fresh_name, replay_mark
 
 from celery_resilience import ConfigurationError, ResilientTask, Skip
@@ -120,6 +122,28 @@ def test_hidden_names_are_the_tasks_and_the_apps(app: Celery) -> None:
 def test_a_direct_call_is_the_body(app: Celery) -> None:
     """No room is around it outside a worker."""
     assert registered(app)(7) == 7
+
+
+def test_memory_is_given_back_before_all_else(app: Celery) -> None:
+    """At exhaustion, nothing that makes an object could run."""
+    seen: list[str] = []
+
+    class Room:
+        def before(self, *_: Any) -> None:
+            seen.append("before")
+
+        def after(self, *_: Any) -> None:
+            seen.append("after")
+
+    def exhausts() -> None:
+        raise MemoryError
+
+    rooms: Any = SimpleNamespace(
+        around=(Room(),), give_way=lambda: seen.append("give way")
+    )
+    with pytest.raises(MemoryError):
+        registered(app, exhausts)._run_body(rooms, Context(), (), {})
+    assert seen == ["before", "give way", "after"]
 
 
 def test_a_skip_is_a_success_where_a_task_is_applied_eagerly(app: Celery) -> None:
