@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import signal
+import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -21,7 +24,9 @@ from billiard import connection
 from billiard import pool as billiard_pools
 from billiard.common import TERM_SIGNAL, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from billiard.pool import DEATH
+from billiard.pool import DEATH, EX_RECYCLE
+from billiard.pool import Pool as BilliardPool
+from billiard.pool import Worker as BilliardWorker
 from celery import _state, signals, states
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
@@ -608,6 +613,123 @@ def hear_before_giving_back(pool: Any) -> None:
     pool.on_job_process_down = hear_and_give_back
 
 
+#: Seconds after which the pool looks again for a child that is about to have ended,
+#: and how often.
+LOOK_AGAIN_S = 0.02
+LOOK_AGAIN_TIMES = 250
+
+
+def look_again_for_ended_children(pool: Any, hub: Any) -> None:
+    """
+    Let the event loop's pool replace an ended child at once, not in five seconds.
+
+    It looks for ended children when one's descriptors are closed, which the kernel does
+    before the child can be waited for, and then only with its timer of five seconds
+    (``concurrency/asynpool.py:576``, Celery 5.7; celery#9588). Nothing is looked for
+    any more by its descriptor then: so is the child known that was missed.
+    """
+    pool = pool._pool if is_event_loop_prefork(pool) else None
+    if pool is None or hub is None or "maintain_pool" in vars(pool):
+        return
+    maintain = pool.maintain_pool
+    tries: dict[int, int] = {}
+
+    def maintain_and_look_again() -> None:
+        maintain()
+        missed = [
+            child.pid
+            for child in pool._pool
+            if getattr(child, "_sentinel_poll", 0) is None
+        ]
+        for pid in [pid for pid in tries if pid not in missed]:
+            del tries[pid]
+        for pid in missed:
+            tries[pid] = tries.get(pid, 0) + 1
+        if any(tries[pid] <= LOOK_AGAIN_TIMES for pid in missed):
+            hub.call_later(LOOK_AGAIN_S, maintain_and_look_again)
+
+    pool.maintain_pool = maintain_and_look_again
+
+
+# --- a prefork child's memory ----------------------------------------------------------
+
+#: Seconds that a child which ends waits for the main process to have read its results.
+RESULTS_READ_WITHIN_S = 1.0
+
+
+class PoolChild:
+    """
+    This process, as a child of a prefork pool.
+
+    Attributes:
+        place: Its place in the pool, which its successor takes.
+    """
+
+    def __init__(self, worker: Any, place: int) -> None:
+        self._worker = worker
+        self.place = place
+
+    def end_before_next_job(self, should_end: Callable[[int], bool]) -> None:
+        """
+        End this child, as one that has had its number of tasks, when *should_end* says so.
+
+        Asked, with the number of jobs that it has done, before each look for another
+        one. The last result has been written then, and a job that lies in the pipe is
+        given to another child (``pool.py:337``, billiard 4.3;
+        ``concurrency/asynpool.py:825``, Celery 5.7).
+        """
+        worker = self._worker
+        wait_for_job = worker.wait_for_job
+        jobs = 0
+
+        def end_or_wait_for_job(*args: Any, **kwargs: Any) -> Any:
+            nonlocal jobs
+            if should_end(jobs):
+                _until_results_are_read(worker.on_ready_counter, jobs)
+                # billiard's, which notes the code.
+                sys.exit(EX_RECYCLE)
+            job = wait_for_job(*args, **kwargs)
+            if job:
+                jobs += 1
+            return job
+
+        worker.wait_for_job = end_or_wait_for_job
+
+
+def _until_results_are_read(counter: Any, jobs: int) -> None:
+    """What billiard waits for in steps of a tenth of a second (``pool.py:451``)."""
+    until = time.monotonic() + RESULTS_READ_WITHIN_S
+    while counter is not None and counter.value < jobs and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def pool_child() -> PoolChild | None:
+    """This process as a prefork child; None where it is none (billiard 4.2 to 4.3)."""
+    process = billiard.current_process()
+    worker = getattr(process, "_target", None)
+    if not isinstance(worker, BilliardWorker) or not hasattr(worker, "wait_for_job"):
+        return None
+    return PoolChild(worker, getattr(process, "index", 0))
+
+
+def is_prefork(pool: Any) -> bool:
+    """Whether a worker's pool has children."""
+    return isinstance(getattr(pool, "_pool", None), BilliardPool)
+
+
+def end_child(pool: Any, pid: int) -> None:
+    """
+    Kill a child; the pool takes its job for terminated (``pool.py:1642``, billiard 4.3).
+    """
+    pool.terminate_job(pid, signal.SIGKILL)
+
+
+def stop_warm(exit_code: int) -> None:
+    """Let this worker finish what runs, and exit (``worker/state.py:141``, Celery 5.7)."""
+    if state.should_stop in (None, False):
+        state.should_stop = exit_code
+
+
 def unblocked_timer(consumer: Any) -> Any:
     """
     A timer that fires while tasks run and while the pool is joined.
@@ -647,6 +769,21 @@ def _request_class_is_subclassed() -> bool:
     made = requests.create_request_cls(Probe, Stub(), Pool(), "", None, app=_ProbeApp())
     return issubclass(made, Probe) and {"on_success", "execute_using_pool"} <= set(
         vars(made)
+    )
+
+
+def _child_is_as_read() -> bool:
+    """The loop of a child asks its own attribute for the next job."""
+    return "wait_for_job" in BilliardWorker.workloop.__code__.co_names and (
+        _has_parameters(BilliardWorker.__init__, "on_ready_counter")
+    )
+
+
+def _exits_are_as_read() -> bool:
+    """A child's end is looked for once, by an attribute of the pool's."""
+    return (
+        "maintain_pool" in AsynPool._event_process_exit.__code__.co_names
+        and "_sentinel_poll" in AsynPool._untrack_child_process.__code__.co_names
     )
 
 
@@ -721,6 +858,8 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "Consumer.cancel_active_requests()": lambda: callable(
         consumers.Consumer.cancel_active_requests
     ),
+    "billiard Worker.wait_for_job and on_ready_counter": _child_is_as_read,
+    "AsynPool.maintain_pool() and Process._sentinel_poll": _exits_are_as_read,
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }
 

@@ -95,6 +95,35 @@ class TaskRanOutOfMemory(ResilienceError):
     """
 
 
+class MemoryLimitExceeded(ResilienceError):
+    """The run had more memory than its limit.
+
+    Raised within the body where that can still clean up: catch it, let go, raise it
+    again.
+
+    Args:
+        message: What happened, with the figures.
+        task: The task's name.
+        used_mib: What the run had above its start.
+        limit_mib: What it may have.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        task: str = "",
+        used_mib: float = 0.0,
+        limit_mib: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.task = task
+        self.used_mib = used_mib
+        self.limit_mib = limit_mib
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.task, self.used_mib, self.limit_mib)
+
+
 class Skip(Ignore):
     """End the task as SUCCESS without its effect; chains and chords go on.
 

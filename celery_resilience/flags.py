@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
+
+from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 
 HELP_GROUP = "Resilience options"
 
@@ -13,6 +16,8 @@ HELP_GROUP = "Resilience options"
 NAMES = (
     "max_crashes",
     "collect_failed",
+    "memory_recycle_mib",
+    "memory_limit_mib",
     "drain_timeout_s",
     "health_port",
     "stop_after_s",
@@ -47,6 +52,16 @@ def _options() -> Iterator[Any]:
     import click
     from celery.bin.base import CeleryOption
 
+    def memory(context: Any, param: Any, value: str | None) -> float | str | None:
+        if value is None:
+            return None
+        amount: float | str = value
+        with contextlib.suppress(ValueError):
+            amount = float(value)
+        if not is_memory_amount(amount):
+            raise click.BadParameter(f"must be {MEMORY_AMOUNT}, got {value!r}")
+        return amount
+
     yield CeleryOption(
         ("--max-crashes",),
         type=click.IntRange(min=1),
@@ -62,6 +77,25 @@ def _options() -> Iterator[Any]:
         help_group=HELP_GROUP,
         help="Also run the collector of failed tasks, in a process of its own, "
         "as -B runs beat.",
+    )
+    yield CeleryOption(
+        ("--memory-recycle-mib",),
+        metavar="MIB",
+        callback=memory,
+        default=None,
+        help_group=HELP_GROUP,
+        help="What a child may gain in its life before it is recycled, between two "
+        "tasks: MiB, or a share (\"25%\") of the container's memory. Celery's "
+        "--max-memory-per-child is in KiB, and takes the peak for it.",
+    )
+    yield CeleryOption(
+        ("--memory-limit-mib",),
+        metavar="MIB",
+        callback=memory,
+        default=None,
+        help_group=HELP_GROUP,
+        help="What one run of a resilient task may take before it fails as "
+        "memory_limit: MiB, or a share. Its child lives, where that is possible.",
     )
     yield CeleryOption(
         ("--drain-timeout-s",),

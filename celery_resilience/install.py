@@ -129,6 +129,8 @@ class ChildRooms:
 
     Attributes:
         around: The rooms right around the body, the outermost first.
+        give_way: What an exception's handler does first of all: it gives back the
+            memory that a run's limit denies the process. It makes no object.
     """
 
     fence: ReplayFence
@@ -137,6 +139,7 @@ class ChildRooms:
     facts: TellsFacts
     is_ending: IsEnding
     around: tuple[AroundBody, ...] = ()
+    give_way: Callable[[], object] | None = None
 
 
 class Installation:
@@ -245,6 +248,18 @@ class Installation:
         """What the worker's flag of that name says, or else the setting."""
         flag = self.flags.get(name)
         return getattr(self.settings, name) if flag is None else flag
+
+    @property
+    def memory_recycle_mib(self) -> float | str | None:
+        """The flag, or the setting."""
+        found: float | str | None = self.flag_or_setting("memory_recycle_mib")
+        return found
+
+    @property
+    def memory_limit_mib(self) -> float | str | None:
+        """The flag, or the setting; a task's own beats both."""
+        found: float | str | None = self.flag_or_setting("memory_limit_mib")
+        return found
 
     def failed_queues(self) -> list[str]:
         """Every failed queue of the app, the default first."""
@@ -421,6 +436,9 @@ def install(app: Celery) -> Installation:
     installation = Installation(app)
     setattr(app, _ATTRIBUTE, installation)
     flags.add_worker_flags(app)
+    if "celery.bin.base" in sys.modules:
+        # `celery inspect` offers only what is registered in its own process.
+        import celery_resilience.memory.command  # noqa: F401
 
     def on_celeryd_init(
         sender: Any = None, instance: Any = None, options: Any = None, **_: Any

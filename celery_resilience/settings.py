@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 from celery_resilience.redaction import without_password
 from celery_resilience.task_options import TaskOptions
 
@@ -25,8 +26,6 @@ PREFIX = "resilience_"
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
     "circuits": {},
-    "memory_recycle_mib": None,
-    "memory_limit_mib": None,
     "sessions": "auto",
     "metrics_port": None,
 }
@@ -76,6 +75,12 @@ def _mib(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
         return float(value)
     raise _Refused("a number of MiB from 1, or None")
+
+
+def _memory(value: Any) -> float | str:
+    if is_memory_amount(value):
+        return value if isinstance(value, str) else float(value)
+    raise _Refused(f"{MEMORY_AMOUNT}, or None")
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -321,6 +326,18 @@ class Settings:
         _optional(_address),
         "Answers /live and /ready over HTTP there: a port on every address, or "
         '"host:port".',
+    )
+    memory_recycle_mib: float | str | None = _setting(
+        None,
+        _optional(_memory),
+        "What a child may gain in its life before it is recycled, between two tasks; a "
+        "share is one of the container's memory. None: any amount.",
+    )
+    memory_limit_mib: float | str | None = _setting(
+        None,
+        _optional(_memory),
+        "What one run may take before it fails as memory_limit; a share is one of the "
+        "container's memory. None: any amount.",
     )
     log_format: str | None = _setting(
         None, _optional(_log_format), "How the record of a failed task is written."

@@ -109,6 +109,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         max_message_kib: More KiB of arguments and canvas, encoded and not compressed, are
             refused where they are sent, and so are arguments that would not arrive as
             they are. None: none is refused, and a worker warns of more than 256.
+        memory_limit_mib: What a run may take besides what its child has at the start
+            of it, in MiB, or as a share ("25%") of the container's memory; above it the
+            run fails as `memory_limit`. None: `resilience_memory_limit_mib`. In the
+            prefork pool only.
     """
 
     abstract = True
@@ -124,6 +128,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     if_interrupted: IfInterrupted = "rerun"
     unique_enqueue: bool = False
     max_message_kib: float | None = None
+    memory_limit_mib: float | str | None = None
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
@@ -285,6 +290,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 _celery.enter_body(request)
                 result = self.run(*args, **kwargs)
         except BaseException as exc:
+            if rooms.give_way is not None:
+                rooms.give_way()
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self._after_body(rooms, request, exc)
             raise

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
+
 if TYPE_CHECKING:
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
 
@@ -33,6 +35,7 @@ class TaskOptions(TypedDict, total=False):
     if_interrupted: IfInterrupted
     unique_enqueue: bool
     max_message_kib: float | None
+    memory_limit_mib: float | str | None
 
 
 def _is_count(value: Any) -> bool:
@@ -65,6 +68,10 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _is_positive(value),
         "a number of KiB above 0, or None",
     ),
+    "memory_limit_mib": (
+        lambda value: value is None or is_memory_amount(value),
+        f"{MEMORY_AMOUNT}, or None",
+    ),
 }
 
 #: Options of the public contract whose feature this release does not have.
@@ -72,7 +79,6 @@ NOT_IN_THIS_RELEASE = (
     "retry_rules",
     "circuit",
     "if_circuit_open",
-    "memory_limit_mib",
 )
 
 

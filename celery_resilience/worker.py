@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,14 @@ from celery_resilience.lifecycle.bootstep import (
     lifecycle_step,
 )
 from celery_resilience.lifecycle.policy import StopConditions
+from celery_resilience.memory import signals as memory_signals
+from celery_resilience.memory.bootstep import MemorySetup, memory_step
+from celery_resilience.memory.container import Container, find_container, whole_kib
+from celery_resilience.memory.policy import share_of
+from celery_resilience.memory.reading import find_eyes
+from celery_resilience.memory.slots import Slots
+from celery_resilience.memory.task import MemoryAround, RunLimits
+from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.task import ResilientTask
@@ -191,16 +200,22 @@ class WorkerSetup:
         replace_step(self.app, "worker", lifecycle_step(life))
         replace_step(self.app, "consumer", connection_step(life))
         installation.lifecycle = life
+        memory = self.watch_memory()
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
             keys=key_guard(installation),
             facts=self.deliveries.facts,
             is_ending=_is_ending,
-            around=(installation.streams,),
+            around=(memory.around, installation.streams),
+            give_way=memory.around.lift,
         )
         os.environ[WORKER_VARIABLE] = json.dumps(
-            {"worker": self.worker_id, "max_crashes": installation.max_crashes}
+            {
+                "worker": self.worker_id,
+                "max_crashes": installation.max_crashes,
+                "memory": memory_told(installation, memory),
+            }
         )
         FailureLog(installation.settings.log_format).attach()
         LargeMessages(self._has_message_limit).attach()
@@ -233,6 +248,32 @@ class WorkerSetup:
             on_shutting_down, weak=False, dispatch_uid=uid
         )
         signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
+
+    def watch_memory(self) -> MemorySetup:
+        """What looks at the memory of this worker's processes."""
+        installation = self.installation
+        tasks = resilient_tasks(installation)
+        eyes, container = find_eyes(), find_container()
+        limits, recycle_kib = memory_limits(installation, container)
+        slots = Slots([task.name for task in tasks])
+        around = MemoryAround(slots, limits, eyes.make_reader)
+        is_asked_for = limits.are_any or recycle_kib is not None
+        setup = MemorySetup(
+            around=around,
+            watch=MemoryWatch(
+                slots=slots,
+                own_kib_of=eyes.own_kib_of,
+                has_limits=limits.are_any,
+                is_enforced=sys.platform == "linux",
+                recycle_kib=recycle_kib,
+                container=container if is_asked_for else None,
+            ),
+            recycle_kib=recycle_kib,
+            because=self.deliveries.ended_child,
+        )
+        memory_signals.attach(around, recycle_kib, f"celery_resilience-{id(self.app)}")
+        replace_step(self.app, "consumer", memory_step(setup))
+        return setup
 
     def start_line(self) -> str:
         """What an operator should know of this worker, in one line."""
@@ -310,6 +351,76 @@ def key_guard(installation: Installation) -> KeyGuard:
     )
 
 
+def resilient_tasks(installation: Installation) -> list[ResilientTask]:
+    """The app's resilient tasks, by name."""
+    tasks = installation.app.tasks
+    found: list[Any] = [tasks[name] for name in sorted(tasks)]
+    return [
+        task
+        for task in found
+        if isinstance(task, ResilientTask) and not task.name.startswith("celery.")
+    ]
+
+
+def memory_limits(
+    installation: Installation, container: Container | None
+) -> tuple[RunLimits, int | None]:
+    """
+    What runs may take, and what a child may gain in KiB, or None.
+
+    Raises:
+        ConfigurationError: A share is asked for, and nobody knows of what.
+    """
+    recycle, limit = installation.memory_recycle_mib, installation.memory_limit_mib
+    own = {
+        task.name: task.memory_limit_mib
+        for task in resilient_tasks(installation)
+        if task.memory_limit_mib is not None
+    }
+    whole = whole_kib(container)
+    if whole is None and any(
+        isinstance(a, str) for a in (recycle, limit, *own.values())
+    ):
+        raise ConfigurationError(
+            "a share of the container's memory cannot be had here, where neither cgroups "
+            "nor /proc/meminfo tell how much it is: give MiB in memory_recycle_mib and "
+            "memory_limit_mib"
+        )
+    recycle_kib = None if recycle is None else share_of(recycle, whole or 0)
+    return RunLimits(limit, whole or 0, own), recycle_kib
+
+
+def memory_told(installation: Installation, memory: MemorySetup) -> dict[str, Any]:
+    """What a spawned child must know to share its figures."""
+    slots = memory.around.slots
+    return {
+        "pid": os.getpid(),
+        "descriptor": None if slots is None else slots.descriptor,
+        "tasks": [] if slots is None else slots.tasks[1:],
+        "flags": {
+            name: installation.flags.get(name)
+            for name in ("memory_recycle_mib", "memory_limit_mib")
+        },
+    }
+
+
+def enter_spawned_child(installation: Installation, told: Mapping[str, Any]) -> Any:
+    """The room memory around the bodies of a spawned child."""
+    installation.flags.update(
+        {name: value for name, value in told["flags"].items() if value is not None}
+    )
+    slots = None
+    if told["descriptor"] is not None:
+        try:
+            slots = Slots.of_process(told["tasks"], told["pid"], told["descriptor"])
+        except OSError as exc:
+            logger.warning("this child cannot tell of its memory: %s", exc)
+    limits, recycle_kib = memory_limits(installation, find_container())
+    around = MemoryAround(slots, limits, find_eyes().make_reader)
+    memory_signals.child_started(around, recycle_kib)
+    return around
+
+
 def prepare_worker(installation: Installation, worker: Any) -> None:
     """
     Set celery-resilience up in *worker*, or make it refuse to start.
@@ -343,6 +454,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         told: What the worker tells by `WORKER_VARIABLE`.
     """
     facts = NoFacts()
+    memory = enter_spawned_child(installation, told["memory"])
     installation.child = ChildRooms(
         fence=replay_fence(installation),
         starts=StartGuard(
@@ -355,7 +467,8 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         keys=key_guard(installation),
         facts=facts,
         is_ending=_is_ending,
-        around=(installation.streams,),
+        around=(memory, installation.streams),
+        give_way=memory.lift,
     )
 
 

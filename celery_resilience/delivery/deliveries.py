@@ -28,10 +28,14 @@ from celery_resilience._kombu_redis import (
 )
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
+from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.message import OriginalMessage, original_message, text_of
 from celery_resilience.outcome import Outcome, Settlement
 
 logger = logging.getLogger("celery_resilience.delivery")
+
+#: Children that were ended, of which more are forgotten.
+MAX_ENDED = 100
 
 
 class Verdict(Protocol):
@@ -96,6 +100,7 @@ class Deliveries:
         received: Deliveries since the worker started.
         held: Messages that are dealt with but wait for the outbox before their ack.
         on_closed: Called after each settlement; None where nobody counts.
+        ended_children: Why a run failed whose child was ended for it, by the pid.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Deliveries:
         self.received = 0
         self.held: set[Any] = set()
         self.on_closed: Callable[[], None] | None = None
+        self.ended_children: dict[int, MemoryLimitExceeded] = {}
         self._open: dict[int, Any] = {}
         self._untouched: list[Any] = []
         self._kept: WeakSet[Any] = WeakSet()
@@ -135,6 +141,12 @@ class Deliveries:
         self.counts[outcome] += 1
         if self.on_closed is not None:
             self.on_closed()
+
+    def ended_child(self, pid: int, why: MemoryLimitExceeded) -> None:
+        """A child is about to be ended, for what its run has taken."""
+        self.ended_children[pid] = why
+        while len(self.ended_children) > MAX_ENDED:
+            self.ended_children.pop(next(iter(self.ended_children)))
 
     def drop_unstarted(self, keep: set[Any]) -> None:
         """

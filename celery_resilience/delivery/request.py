@@ -30,6 +30,7 @@ from celery_resilience.errors import (
     AskAgain,
     BroadcastIsOnce,
     KeyMismatch,
+    MemoryLimitExceeded,
     RunInterrupted,
     SendAgain,
     Snooze,
@@ -49,6 +50,7 @@ REASONS: Mapping[type[BaseException], Reason] = {
     TooManyCrashes: Reason.WORKER_LOST,
     KeyMismatch: Reason.KEY_MISMATCH,
     RunInterrupted: Reason.INTERRUPTED,
+    MemoryLimitExceeded: Reason.MEMORY_LIMIT,
 }
 
 
@@ -94,7 +96,12 @@ class ResilientRequest(SettlingRequest):
         if isinstance(exc, Ignore | Reject | Retry):
             # Not for a later run of the same task id in this child.
             self._take_facts()
-        if isinstance(exc, Terminated):
+        ended_for = None
+        if isinstance(exc, Terminated | WorkerLostError):
+            ended_for = self.deliveries.ended_children.get(self.worker_pid)
+        if ended_for is not None:
+            self._ended_for_memory(ended_for)
+        elif isinstance(exc, Terminated):
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Snooze | SendAgain) and not self._can_come_again:
             once = BroadcastIsOnce(f"{exc.reason}: {BroadcastIsOnce.__doc__}")
@@ -262,6 +269,16 @@ class ResilientRequest(SettlingRequest):
         else:
             self._fail(Reason.HARD_TIME_LIMIT, exc, exc_info)
 
+    def _ended_for_memory(self, why: MemoryLimitExceeded) -> None:
+        """The main process has ended the child for what a run of its had taken."""
+        if why.task != self.name:
+            # That run has just ended, and this one had begun.
+            lost = WorkerLostError(f"its child was ended for the run before it: {why}")
+            self._worker_lost(lost, _celery.info_of(lost))
+        elif not self._has_succeeded():
+            self.deliveries.ended_children.pop(self.worker_pid, None)
+            self._fail(Reason.MEMORY_LIMIT, why, _celery.info_of(why))
+
     def _has_succeeded(self) -> bool:
         """Settle a run that was cut off after its success was stored."""
         if not _celery.success_was_stored(self):
@@ -325,7 +342,7 @@ class ResilientRequest(SettlingRequest):
             Outcome.FAILED, reason, failure_of_run(self, exc, exc_info, facts), facts
         )
         _celery.task_ready(self)
-        has_hooks = reason is Reason.HARD_TIME_LIMIT
+        has_hooks = reason in (Reason.HARD_TIME_LIMIT, Reason.MEMORY_LIMIT)
         self._tell_celery(_for_celery(exc), exc_info, has_hooks=has_hooks)
         if self.task.acks_late:
             is_limit = reason is Reason.HARD_TIME_LIMIT

@@ -10,6 +10,7 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
 
 from celery_resilience import _celery
+from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.failure import (
     MAX_MESSAGE_CHARS,
     Failure,
@@ -101,6 +102,9 @@ def failure_of_run(
     elif isinstance(exc, TimeLimitExceeded):
         message = f"the run passed its hard time limit of {exc.args[0]} s"
         cause = fingerprint_of("hard_time_limit", request._type)
+    elif isinstance(exc, MemoryLimitExceeded):
+        message = safe_text(exc, MAX_MESSAGE_CHARS)
+        cause = fingerprint_of("memory_limit", request._type)
     elif isinstance(exc, Reject):
         why: Any = exc.args[0]
         kind = type_name(type(why) if isinstance(why, Exception) else Reject)

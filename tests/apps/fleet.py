@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import keyed_tasks
+import memory_tasks
 import stream_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
@@ -75,6 +76,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     _register(app, base)
     keyed_tasks.register(app, base, note)
     stream_tasks.register(app, base, note)
+    memory_tasks.register(app, base, note, conf)
     return app
 
 

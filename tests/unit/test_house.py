@@ -61,6 +61,7 @@ OPTIONAL = {
     "prometheus_client": ("prometheus",),
     "pymysql": ("pymysql", "mysql"),
     "gevent": ("gevent",),
+    "psutil": ("psutil",),
     "eventlet": ("eventlet",),
 }
 
@@ -376,7 +377,7 @@ def test_installing_is_what_turns_it_on() -> None:
         """
     )
 
-    assert printed.split() == ["1", "7"]
+    assert printed.split() == ["1", "9"]
 
 
 HEAVY = ["sqlalchemy", "rich", "psutil", "celery_resilience.failed"]

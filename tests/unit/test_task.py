@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from unit.specimens import fresh_name, replay_mark
 
 from celery_resilience import ConfigurationError, ResilientTask, Skip
@@ -48,6 +50,9 @@ def registered(
         ("redact", {"card"}),
         ("max_crashes", None),
         ("max_crashes", 1),
+        ("memory_limit_mib", None),
+        ("memory_limit_mib", 300),
+        ("memory_limit_mib", "25%"),
     ],
 )
 def test_a_good_option_is_taken(app: Celery, option: str, value: Any) -> None:
@@ -66,6 +71,9 @@ def test_a_good_option_is_taken(app: Celery, option: str, value: Any) -> None:
         ("max_crashes", 0, "a whole number from 1, or None"),
         ("max_crashes", True, "a whole number from 1, or None"),
         ("max_crashes", "3", "a whole number from 1, or None"),
+        ("memory_limit_mib", 0, "a number of MiB from 1, a share"),
+        ("memory_limit_mib", "300", "a number of MiB from 1, a share"),
+        ("memory_limit_mib", "0%", "a number of MiB from 1, a share"),
     ],
 )
 def test_a_bad_option_is_refused(
@@ -76,7 +84,8 @@ def test_a_bad_option_is_refused(
         registered(app, **{option: value})
 
     assert str(refused.value).startswith("task shop.ship")
-    assert f"{option} must be {accepted}, got {value!r}" in str(refused.value)
+    assert f"{option} must be {accepted}" in str(refused.value)
+    assert f", got {value!r}" in str(refused.value)
 
 
 def test_all_mistakes_of_a_task_are_told_at_once(app: Celery) -> None:
@@ -113,6 +122,28 @@ def test_hidden_names_are_the_tasks_and_the_apps(app: Celery) -> None:
 def test_a_direct_call_is_the_body(app: Celery) -> None:
     """No room is around it outside a worker."""
     assert registered(app)(7) == 7
+
+
+def test_memory_is_given_back_before_all_else(app: Celery) -> None:
+    """At exhaustion, nothing that makes an object could run."""
+    seen: list[str] = []
+
+    class Room:
+        def before(self, *_: Any) -> None:
+            seen.append("before")
+
+        def after(self, *_: Any) -> None:
+            seen.append("after")
+
+    def exhausts() -> None:
+        raise MemoryError
+
+    rooms: Any = SimpleNamespace(
+        around=(Room(),), give_way=lambda: seen.append("give way")
+    )
+    with pytest.raises(MemoryError):
+        registered(app, exhausts)._run_body(rooms, Context(), (), {})
+    assert seen == ["before", "give way", "after"]
 
 
 def test_a_skip_is_a_success_where_a_task_is_applied_eagerly(app: Celery) -> None:
