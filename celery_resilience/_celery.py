@@ -351,6 +351,12 @@ def requests_that_will_run(consumer: Any) -> set[Any]:
     return requests
 
 
+def is_greenlet_pool(pool: Any) -> bool:
+    """Whether a pool's class, or its name, is one that gives each task a greenlet."""
+    name = pool if isinstance(pool, str) else pool.__module__
+    return any(kind in name for kind in ("gevent", "eventlet"))
+
+
 def is_event_loop_prefork(pool: Any) -> bool:
     """The pool whose main process never blocks, on Redis and AMQP by default."""
     return isinstance(getattr(pool, "_pool", None), AsynPool)

@@ -26,7 +26,6 @@ NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "circuits": {},
     "memory_recycle_mib": None,
     "memory_limit_mib": None,
-    "sessions": "auto",
     "metrics_port": None,
     "health_port": None,
     "drain_timeout_s": None,
@@ -126,6 +125,12 @@ def _if_store_down(value: Any) -> str:
     if value in ("wait", "run"):
         return str(value)
     raise _Refused('"wait" or "run"')
+
+
+def _sessions(value: Any) -> str:
+    if value in ("auto", "strict", "off"):
+        return str(value)
+    raise _Refused('"auto", "strict" or "off"')
 
 
 #: Kinds of store, by the start of their URL, with the URL to write.
@@ -268,6 +273,12 @@ class Settings:
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."
+    )
+    sessions: str = _setting(
+        "auto",
+        _sessions,
+        "What becomes of what a task leaves behind in a database: undone and told of; "
+        'with "strict" the task that left it is failed, too; with "off" nothing.',
     )
     log_format: str | None = _setting(
         None, _optional(_log_format), "How the record of a failed task is written."

@@ -32,8 +32,14 @@ from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.idempotency.task import KeyGuard
-from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.install import (
+    WORKER_VARIABLE,
+    AroundBody,
+    ChildRooms,
+    Installation,
+)
 from celery_resilience.publisher import Publisher
+from celery_resilience.sessions.task import Sessions
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
@@ -167,6 +173,7 @@ class WorkerSetup:
             keys=key_guard(installation),
             facts=self.deliveries.facts,
             is_ending=_is_ending,
+            around=rooms_around(installation, worker.pool_cls),
         )
         os.environ[WORKER_VARIABLE] = json.dumps(
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
@@ -266,6 +273,20 @@ def key_guard(installation: Installation) -> KeyGuard:
     )
 
 
+def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...]:
+    """
+    What looks at what a body leaves behind, the outermost first.
+
+    Args:
+        pool: The pool's class, or its name.
+    """
+    mode = installation.settings.sessions
+    if mode == "off":
+        return ()
+    has_greenlets = _celery.is_greenlet_pool(pool)
+    return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
+
+
 def prepare_worker(installation: Installation, worker: Any) -> None:
     """
     Set celery-resilience up in *worker*, or make it refuse to start.
@@ -311,6 +332,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         keys=key_guard(installation),
         facts=facts,
         is_ending=_is_ending,
+        around=rooms_around(installation, "prefork"),
     )
 
 

@@ -50,7 +50,8 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     Args:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
             queues by their names, each bound to a topic exchange of its name; and
-            `fleet_broadcast`, what every worker listens to besides.
+            `fleet_broadcast`, what every worker listens to besides; and
+            `fleet_database`, see `session_tasks`.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
@@ -72,6 +73,10 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         Resilience(app)
     _register(app, base)
     keyed_tasks.register(app, base, note)
+    if "fleet_database" in conf:
+        import session_tasks
+
+        session_tasks.register(app, base, note, conf)
     return app
 
 

@@ -1,0 +1,391 @@
+"""The next task never inherits a broken transaction or a dead connection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from conftest import FleetMaker
+from fleet_runner import Fleet, Worker
+from polling import eventually
+from services import Service
+from sqlalchemy import Engine, create_engine, text
+
+Databases = Callable[..., str]
+
+
+@pytest.fixture
+def database(servers: Callable[[str], Service], tmp_path: Any) -> Databases:
+    """URLs of empty databases of a test's own, on shared servers."""
+
+    def get(kind: str, driver: str = "psycopg") -> str:
+        if kind == "sqlite":
+            url = f"sqlite:///{tmp_path}/rows{uuid4().hex[:8]}.sqlite3"
+        else:
+            server = servers(kind).url
+            name = f"s{uuid4().hex[:12]}"
+            statement(server, f"CREATE DATABASE {name}")
+            url = server.rpartition("/")[0] + f"/{name}"
+            url = url.replace("+psycopg:", f"+{driver}:")
+        from session_tasks import Base
+
+        engine = create_engine(url.replace("+asyncpg", "+psycopg"))
+        Base.metadata.create_all(engine)
+        engine.dispose()
+        return url
+
+    return get
+
+
+def statement(url: str, words: str) -> None:
+    """Execute one outside any transaction."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(words))
+    engine.dispose()
+
+
+def rows(url: str, words: str) -> list[Any]:
+    """What a query finds."""
+    engine: Engine = create_engine(url)
+    with engine.connect() as connection:
+        found = [tuple(row) for row in connection.execute(text(words))]
+    engine.dispose()
+    return found
+
+
+def names(url: str) -> list[str]:
+    """The rows that are there."""
+    return [name for (name,) in rows(url, "SELECT name FROM session_rows ORDER BY id")]
+
+
+class Both:
+    """A resilient fleet with a worker, and a plain one, on databases of their own."""
+
+    def __init__(
+        self, make_fleet: FleetMaker, url: Callable[[], str], **conf: Any
+    ) -> None:
+        self._make = make_fleet
+        self._url = url
+        self._pool = conf.pop("pool", "prefork")
+        self._concurrency = conf.pop("concurrency", 1)
+        self._conf = conf
+
+    def __call__(self, *, is_plain: bool = False) -> tuple[Fleet, Worker, str]:
+        url = self._url()
+        fleet = self._make("redis", is_plain=is_plain, fleet_database=url, **self._conf)
+        worker = fleet.worker(pool=self._pool, concurrency=self._concurrency)
+        return fleet, worker, url
+
+
+def outcome(fleet: Fleet, name: str, *args: Any) -> Any:
+    """What a task returns, or the exception that it raises."""
+    result = fleet.send(name, *args)
+    return result.get(timeout=30, propagate=False)
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite", "mariadb"])
+@pytest.mark.parametrize("flushes", [True, False])
+def test_a_failed_tasks_row_is_never_saved(
+    make_fleet: FleetMaker, database: Databases, kind: str, flushes: bool
+) -> None:
+    """The next task's commit saves its own row; of plain Celery, the ghost too."""
+    both = Both(make_fleet, lambda: database(kind))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "s.add_and_fail", "ghost", flushes)
+        outcome(fleet, "s.save", "mine")
+
+        assert names(url) == (["ghost", "mine"] if is_plain else ["mine"])
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_a_swallowed_error_poisons_nobody(
+    make_fleet: FleetMaker, database: Databases, kind: str
+) -> None:
+    """Twenty tasks after it are right; of plain Celery, none."""
+    both = Both(make_fleet, lambda: database(kind))
+
+    for is_plain in (False, True):
+        fleet, worker, url = both(is_plain=is_plain)
+        outcome(fleet, "s.save", "one")
+        outcome(fleet, "s.swallow", "one")
+        results = [outcome(fleet, "s.save", f"later {n}") for n in range(20)]
+
+        assert fleet.notes("swallowed")
+        failures = [r for r in results if isinstance(r, Exception)]
+        assert len(failures) == (20 if is_plain else 0), failures[:1]
+        assert len(names(url)) == (1 if is_plain else 21)
+        assert ("left behind: open transaction" in worker.text) is not is_plain
+
+
+def test_a_killed_backend_is_noticed_before_it_is_used(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Killed between tasks, no task fails; of plain Celery, each one does."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        first = outcome(fleet, "s.backend")
+        rows(url, f"SELECT pg_terminate_backend({first})")
+        found = [outcome(fleet, "s.backend") for _ in range(3)]
+
+        failures = [one for one in found if isinstance(one, Exception)]
+        assert len(failures) == (3 if is_plain else 0), failures
+        assert first not in found
+
+
+def test_a_backend_killed_within_a_task_harms_that_task_alone(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """In a query, before the commit, and after it; each time the next task is right."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        in_query = outcome(fleet, "s.killed_in_query")
+        after_query = outcome(fleet, "s.save", "after the query")
+        in_commit = outcome(fleet, "s.killed_before_commit", "half")
+        after_commit = outcome(fleet, "s.save", "after the commit")
+        committed = outcome(fleet, "s.killed_after_commit", "whole")
+        at_last = outcome(fleet, "s.save", "at last")
+
+        assert isinstance(in_query, Exception)
+        assert isinstance(in_commit, Exception)
+        if is_plain:
+            assert isinstance(after_query, Exception)
+            assert isinstance(after_commit, Exception)
+            assert names(url) == []
+        else:
+            later = [after_query, after_commit, committed, at_last]
+            assert not [one for one in later if isinstance(one, Exception)]
+            told = ["after the query", "after the commit", "whole", "at last"]
+            assert names(url) == told
+
+
+ABANDONED = """SELECT pid FROM pg_stat_activity
+    WHERE state = 'active' AND query LIKE '%abandoned%' AND pid != pg_backend_pid()"""
+
+
+def test_a_query_cut_off_by_a_soft_limit_is_cancelled_on_the_server(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """It is gone when the result is there, and the next task is right."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        cut = outcome(fleet, "s.slow")
+
+        assert type(cut).__name__ == "SoftTimeLimitExceeded", cut
+        if is_plain:
+            assert rows(url, ABANDONED)
+            assert isinstance(outcome(fleet, "s.backend"), Exception)
+        else:
+            eventually(lambda: not rows(url, ABANDONED), within_s=1)
+            assert isinstance(outcome(fleet, "s.backend"), int)
+            assert isinstance(outcome(fleet, "s.slow", "goes_on"), str)
+
+
+def test_a_query_cut_off_is_cancelled_on_mariadb_too(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Where the driver only closes its socket, and the server goes on."""
+    abandoned = """SELECT id FROM information_schema.processlist
+        WHERE info LIKE '%abandoned%' AND id != connection_id()"""
+    both = Both(make_fleet, lambda: database("mariadb"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        cut = outcome(fleet, "s.slow_mysql")
+
+        assert type(cut).__name__ == "SoftTimeLimitExceeded", cut
+        if is_plain:
+            assert rows(url, abandoned)
+        else:
+            eventually(lambda: not rows(url, abandoned), within_s=1)
+            assert outcome(fleet, "s.asks", "SELECT 1") == 1
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_an_engine_connected_before_the_fork_is_each_childs_own(
+    make_fleet: FleetMaker, database: Databases, driver: str
+) -> None:
+    """Eight of eight tasks are right; of plain Celery, hardly one is."""
+    both = Both(
+        make_fleet,
+        lambda: database("postgresql", driver),
+        fleet_connects=True,
+        concurrency=4,
+        task_time_limit=20,
+    )
+
+    for is_plain in (False, True):
+        fleet, _, _ = both(is_plain=is_plain)
+        sent = [fleet.send("s.selects", number) for number in range(8)]
+        if is_plain:
+            found = [None] * 8
+            with contextlib.suppress(TimeoutError):
+                found = [one.get(timeout=8, propagate=False) for one in sent]
+            assert sum(isinstance(one, int) for one in found) < 8
+        else:
+            found = [one.get(timeout=30, propagate=False) for one in sent]
+            assert all(isinstance(one, int) for one in found), found
+
+
+def test_a_tasks_own_fork_has_connections_of_its_own(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Three asks, and the child's is another backend's; the parent keeps its own."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    fleet, _, _ = both()
+    before, forked, after = outcome(fleet, "s.forks")
+
+    assert before == after
+    assert forked not in (0, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "ask", "clean", "kind"),
+    [
+        ("SET statement_timeout = '77s'", "SHOW statement_timeout", "0", "SET"),
+        (
+            "SELECT pg_advisory_lock(7)",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
+            0,
+            "advisory lock",
+        ),
+        (
+            "CREATE TEMPORARY TABLE of_mine (id int)",
+            "SELECT to_regclass('of_mine') IS NOT NULL",
+            False,
+            "temporary table",
+        ),
+        (
+            "LISTEN somebody",
+            "SELECT count(*) FROM pg_listening_channels()",
+            0,
+            "LISTEN",
+        ),
+    ],
+)
+def test_a_servers_session_is_as_new_for_the_next_task(
+    make_fleet: FleetMaker,
+    database: Databases,
+    change: str,
+    ask: str,
+    clean: Any,
+    kind: str,
+) -> None:
+    """What a task has set is undone when it ends, and told of with its name."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, worker, _ = both(is_plain=is_plain)
+        outcome(fleet, "s.changes", change)
+        found = outcome(fleet, "s.asks", ask)
+
+        assert (found == clean) is not is_plain
+        told = [line for line in worker.text.splitlines() if "left behind" in line]
+        if not is_plain:
+            assert len(told) == 1
+            assert "WARNING" in told[0]
+            assert "task s.changes[" in told[0]
+            assert kind in told[0]
+            assert "session_tasks.py:" in told[0]
+
+
+def test_strict_fails_the_leaker_and_nobody_else(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Its row is not saved; the task after it is right."""
+    both = Both(
+        make_fleet, lambda: database("postgresql"), resilience_sessions="strict"
+    )
+
+    fleet, _, url = both()
+    leaker = outcome(fleet, "s.add_and_return", "left")
+    after = outcome(fleet, "s.save", "mine")
+
+    assert type(leaker).__name__ == "LeftBehind"
+    assert "open transaction" in str(leaker)
+    assert isinstance(after, int)
+    assert names(url) == ["mine"]
+
+
+def test_off_is_plain_celery(make_fleet: FleetMaker, database: Databases) -> None:
+    """The ghost is saved, as it is without us."""
+    both = Both(make_fleet, lambda: database("sqlite"), resilience_sessions="off")
+
+    fleet, _, url = both()
+    outcome(fleet, "s.add_and_fail", "ghost", True)
+    outcome(fleet, "s.save", "mine")
+
+    assert names(url) == ["ghost", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "concurrency"), [("threads", 2), ("gevent", 4), ("solo", 1)]
+)
+def test_every_pool_is_clean(
+    make_fleet: FleetMaker, database: Databases, pool: str, concurrency: int
+) -> None:
+    """Ghosts, swallowed errors and open transactions; each thread has its own."""
+    both = Both(
+        make_fleet,
+        lambda: database("postgresql"),
+        pool=pool,
+        concurrency=concurrency,
+        fleet_engine={"pool_size": 2, "max_overflow": 0, "pool_timeout": 5},
+    )
+
+    fleet, worker, url = both()
+    outcome(fleet, "s.save", "one")
+    sent = [fleet.send("s.add_and_fail", f"ghost {n}", True) for n in range(4)]
+    sent += [fleet.send("s.swallow", "one") for _ in range(4)]
+    sent += [fleet.send("s.names") for _ in range(8)]
+    for one in sent:
+        one.get(timeout=30, propagate=False)
+    saved = [fleet.send("s.save", f"mine {n}") for n in range(8)]
+    results = [one.get(timeout=30, propagate=False) for one in saved]
+
+    assert not [one for one in results if isinstance(one, Exception)], results
+    assert set(names(url)) == {"one", *(f"mine {n}" for n in range(8))}
+    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    assert not rows(url, open_ones)
+    assert "could not be cleaned" not in worker.text
+
+
+def test_a_connection_that_is_not_returned_is_told_of(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """With where it was taken."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    fleet, worker, url = both()
+    outcome(fleet, "s.raw_left")
+
+    (told,) = [line for line in worker.text.splitlines() if "left behind" in line]
+    assert "open transaction" in told
+    assert "session_tasks.py:" in told
+    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    assert not rows(url, open_ones)
+
+
+def test_another_thread_of_the_task_is_left_alone(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """It has its own session, which it ends itself."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    fleet, _, url = both()
+    found = outcome(fleet, "s.thread", "of a thread")
+
+    assert found is None
+    assert names(url) == ["of a thread"]
