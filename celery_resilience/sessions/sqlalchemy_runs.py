@@ -290,10 +290,10 @@ def _on_error(context: Any) -> None:
     raw = connection.connection.driver_connection
     if raw is None:
         return
-    library = drivers.library_of(raw)
-    is_cut = drivers.state_of(raw) is DriverState.BUSY or (
-        # They close their socket then, and the server goes on.
-        library in ("pymysql", "MySQLdb") and context.cursor is not None
+    state = drivers.state_of(raw)
+    # PyMySQL closes its socket then, and the server goes on.
+    is_cut = state is DriverState.BUSY or (
+        state is DriverState.DEAD and drivers.library_of(raw) == "pymysql"
     )
     if not is_cut:
         return
@@ -580,6 +580,23 @@ def _undo_in(fairy: Any, kinds: set[str], dialect: str) -> set[str]:
 # --- attaching -------------------------------------------------------------------------
 
 _is_attached = False
+_told: set[str] = set()
+
+
+def _harmless(listener: Callable[..., None]) -> Callable[..., None]:
+    """A listener that never fails what it listens to; told of once."""
+
+    def listen(*words: Any) -> None:
+        try:
+            listener(*words)
+        except DisconnectionError:
+            raise
+        except Exception:
+            if listener.__name__ not in _told:
+                _told.add(listener.__name__)
+                logger.exception("%s failed (told once)", listener.__name__)
+
+    return listen
 
 
 def attach() -> None:
@@ -599,7 +616,7 @@ def attach() -> None:
         (Session, "after_transaction_create", _on_session_begin),
         (Session, "after_begin", _on_session_connects),
     ):
-        event.listen(target, name, listener)
+        event.listen(target, name, _harmless(listener))
     os.register_at_fork(after_in_child=_after_fork)
 
 

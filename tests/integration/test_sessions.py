@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from celery.exceptions import TimeoutError as CeleryTimeout
 from conftest import FleetMaker
 from fleet_runner import Fleet, Worker
 from polling import eventually
@@ -55,6 +56,11 @@ def rows(url: str, words: str) -> list[Any]:
         found = [tuple(row) for row in connection.execute(text(words))]
     engine.dispose()
     return found
+
+
+def eventually_none(url: str, words: str) -> None:
+    """A query finds nothing, soon."""
+    eventually(lambda: not rows(url, words), within_s=2, what=words)
 
 
 def names(url: str) -> list[str]:
@@ -187,7 +193,7 @@ def test_a_query_cut_off_by_a_soft_limit_is_cancelled_on_the_server(
             assert rows(url, ABANDONED)
             assert isinstance(outcome(fleet, "s.backend"), Exception)
         else:
-            eventually(lambda: not rows(url, ABANDONED), within_s=1)
+            eventually_none(url, ABANDONED)
             assert isinstance(outcome(fleet, "s.backend"), int)
             assert isinstance(outcome(fleet, "s.slow", "goes_on"), str)
 
@@ -208,7 +214,7 @@ def test_a_query_cut_off_is_cancelled_on_mariadb_too(
         if is_plain:
             assert rows(url, abandoned)
         else:
-            eventually(lambda: not rows(url, abandoned), within_s=1)
+            eventually_none(url, abandoned)
             assert outcome(fleet, "s.asks", "SELECT 1") == 1
 
 
@@ -230,7 +236,7 @@ def test_an_engine_connected_before_the_fork_is_each_childs_own(
         sent = [fleet.send("s.selects", number) for number in range(8)]
         if is_plain:
             found = [None] * 8
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(CeleryTimeout):
                 found = [one.get(timeout=8, propagate=False) for one in sent]
             assert sum(isinstance(one, int) for one in found) < 8
         else:
