@@ -23,6 +23,7 @@ from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.fixups.django import DjangoFixup, DjangoWorkerFixup
 from celery.platforms import EX_FAILURE
 from celery.utils import log as celery_log
 from celery.utils import timer2
@@ -182,6 +183,28 @@ def let_canvas_go(request: Any) -> None:
     The tracer reads these after the body (``app/trace.py``, Celery 5.7).
     """
     request.callbacks = request.chain = request.chord = None
+
+
+def keep_django_connections(app: Any, keeps_now: Callable[[], bool]) -> None:
+    """
+    Let Celery's fixup for Django leave connections alone while *keeps_now*.
+
+    It closes every connection before and after each task (``fixups/django.py:187``,
+    Celery 5.7), or, with CELERY_DB_REUSE_MAX, looks at none of so many.
+    """
+    for fixup in getattr(app, "_fixups", ()):
+        if not isinstance(fixup, DjangoFixup):
+            continue
+        worker_fixup: Any = fixup.worker_fixup
+        if "close_database" in vars(worker_fixup):
+            continue
+        close = worker_fixup.close_database
+
+        def close_unless_kept(close: Callable[..., Any] = close, **words: Any) -> None:
+            if not keeps_now():
+                close(**words)
+
+        worker_fixup.close_database = close_unless_kept
 
 
 # --- settling a request ----------------------------------------------------------
@@ -484,6 +507,11 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         _has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
         and _has_parameters(AsynPool.process_flush_queues, "proc")
+    ),
+    "DjangoWorkerFixup.close_database()": lambda: (
+        callable(DjangoWorkerFixup.close_database)
+        and callable(DjangoWorkerFixup.on_task_prerun)
+        and isinstance(DjangoFixup.worker_fixup, property)
     ),
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }

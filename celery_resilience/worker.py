@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-from celery import bootsteps, signals
+from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
 from celery_resilience import _celery
@@ -284,7 +284,14 @@ def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...
     if mode == "off":
         return ()
     has_greenlets = _celery.is_greenlet_pool(pool)
+    _celery.keep_django_connections(installation.app, _runs_a_resilient_task)
     return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
+
+
+def _runs_a_resilient_task() -> bool:
+    """Whether the task of this thread is one whose connections we look after."""
+    task: Any = current_task
+    return isinstance(task, ResilientTask) and not task.name.startswith("celery.")
 
 
 def prepare_worker(installation: Installation, worker: Any) -> None:

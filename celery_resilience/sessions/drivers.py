@@ -12,7 +12,7 @@ import select
 from collections.abc import Callable
 from typing import Any
 
-from celery_resilience.sessions.policy import DriverState
+from celery_resilience.sessions.policy import LISTEN, LOCK, TEMPORARY, DriverState
 
 #: Seconds that a cancellation may take.
 CANCEL_S = 2.0
@@ -163,3 +163,43 @@ def cancel(connection: Any, connect_again: Callable[[], Any] | None = None) -> N
         number = int(connection.thread_id())
         with contextlib.closing(connect_again()) as other:
             other.cursor().execute(f"KILL QUERY {number}")
+
+
+# --- what is left of a session on PostgreSQL ------------------------------------------
+
+#: What may be undone without a new connection: (is it there, undo it).
+_ON_POSTGRESQL = {
+    LOCK: (
+        """SELECT count(*) FROM pg_locks
+        WHERE locktype = 'advisory' AND pid = pg_backend_pid()""",
+        "SELECT pg_advisory_unlock_all()",
+    ),
+    TEMPORARY: (
+        "SELECT count(*) FROM pg_class WHERE relnamespace = pg_my_temp_schema()",
+        "DISCARD TEMP",
+    ),
+    LISTEN: ("SELECT count(*) FROM pg_listening_channels()", "UNLISTEN *"),
+}
+
+
+def found_on_postgresql(connection: Any, kinds: set[str]) -> set[str]:
+    """
+    Which of *kinds* are left in a session, after undoing what can be undone there.
+
+    A round trip or two for each. What SET has set before is not known, the user's own
+    code may have set it as it connected: it is taken for left, and stays.
+    """
+    found = set()
+    cursor = connection.cursor()
+    for kind in kinds:
+        if kind not in _ON_POSTGRESQL:
+            found.add(kind)
+            continue
+        look, undo = _ON_POSTGRESQL[kind]
+        cursor.execute(look)
+        if cursor.fetchone()[0]:
+            found.add(kind)
+            cursor.execute(undo)
+    cursor.close()
+    connection.commit()
+    return found

@@ -22,11 +22,10 @@ from sqlalchemy.pool import NullPool, Pool
 
 from celery_resilience.sessions import drivers
 from celery_resilience.sessions.policy import (
-    LOCK,
     NO_EFFECT,
     NOT_RETURNED,
     OPEN_TRANSACTION,
-    TEMPORARY,
+    SET,
     Action,
     DriverState,
     Effect,
@@ -487,20 +486,6 @@ def _look_at_taken(taken: Taken, *, is_told: bool) -> list[Leak]:
     return [Leak(NOT_RETURNED, time.monotonic() - taken.at, taken.where)]
 
 
-#: What may be undone on PostgreSQL without a new connection: (is it there, undo it).
-_POSTGRESQL = {
-    LOCK: (
-        """SELECT count(*) FROM pg_locks
-        WHERE locktype = 'advisory' AND pid = pg_backend_pid()""",
-        "SELECT pg_advisory_unlock_all()",
-    ),
-    TEMPORARY: (
-        "SELECT count(*) FROM pg_class WHERE relnamespace = pg_my_temp_schema()",
-        "DISCARD TEMP",
-    ),
-}
-
-
 def _undo(changed: Changed) -> list[Leak]:
     """Undo what a run has left in the server's session, where it has left anything."""
     info, engine = changed.info, changed.engine
@@ -555,26 +540,16 @@ def _undo_in(fairy: Any, kinds: set[str], dialect: str) -> set[str]:
     if dialect == "sqlite" and _is_in_memory(raw):
         fairy.info.pop(CHANGED, None)
         return kinds
-    if dialect != "postgresql" or not kinds <= set(_POSTGRESQL):
-        fairy.invalidate()
-        return kinds
-    there = set()
     try:
-        cursor = raw.cursor()
-        for kind in kinds:
-            look, undo = _POSTGRESQL[kind]
-            cursor.execute(look)
-            if cursor.fetchone()[0]:
-                there.add(kind)
-                cursor.execute(undo)
-        cursor.close()
-        raw.commit()
-        fairy.info.pop(CHANGED, None)
+        if dialect == "postgresql":
+            kinds = drivers.found_on_postgresql(raw, kinds)
+            if SET not in kinds:
+                fairy.info.pop(CHANGED, None)
+                return kinds
     except Exception:
         logger.debug("session state was not undone: a new connection", exc_info=True)
-        fairy.invalidate()
-        return kinds
-    return there
+    fairy.invalidate()
+    return kinds
 
 
 # --- attaching -------------------------------------------------------------------------

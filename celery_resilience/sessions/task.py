@@ -70,10 +70,10 @@ class Sessions:
         """The body starts with nothing of another run."""
         try:
             left = current.get()
-            if left is not None and left.libraries:
+            if left is not None and SQLALCHEMY in left.libraries:
                 self._end(left)
             if self._django is not None:
-                self._django.before_body(request)
+                self._django.before_body()
         except Exception:
             logger.exception("%s: what came before it could not be cleaned", task.name)
         self._running += 1
@@ -93,14 +93,14 @@ class Sessions:
         run.is_running = False
         if self._sqlalchemy is None or self._django is None:
             self._first_look(run)
-        if not run.libraries and not run.resources:
-            return
         leaks: list[Leak] = []
         try:
             if run.resources:
                 resources.close_all(run)
-            for library, notes in run.libraries.items():
-                leaks += self._library(library).end_body(notes)
+            if SQLALCHEMY in run.libraries:
+                leaks += self._sqlalchemy.end_body(run.libraries[SQLALCHEMY])
+            if self._django is not None and self._django.has_connections():
+                leaks += self._django.end_body(keeps=self._keeps)
         except Exception:
             logger.exception("%s: what it has left could not be cleaned", task.name)
         if leaks:
@@ -109,7 +109,7 @@ class Sessions:
     def after_result(self, sender: Any = None, **_: Any) -> None:
         """The result is stored: what came after the body is cleaned too."""
         run = current.get()
-        if run is None or not run.libraries or getattr(sender, "name", "") != run.name:
+        if run is None or getattr(sender, "name", "") != run.name:
             return
         try:
             self._end(run)
@@ -117,12 +117,10 @@ class Sessions:
             logger.exception("%s: what came after it could not be cleaned", run.name)
 
     def _end(self, run: Run) -> None:
-        for library, notes in run.libraries.items():
-            self._library(library).end_run(notes)
-        run.libraries = {}
-
-    def _library(self, name: str) -> Any:
-        return self._sqlalchemy if name == SQLALCHEMY else self._django
+        if SQLALCHEMY in run.libraries:
+            self._sqlalchemy.end_run(run.libraries.pop(SQLALCHEMY))
+        if self._django is not None and self._django.has_connections():
+            self._django.end_body(keeps=self._keeps)
 
     def _first_look(self, run: Run) -> None:
         """A body may be the first to import a library: it was not listened to."""
