@@ -94,7 +94,7 @@ TEMPORARY = "temporary table"
 LISTEN = "LISTEN"
 
 #: What begins a statement, behind comments.
-_START = r"\s*(?:/\*.*?\*/\s*|--[^\n]*\n\s*)*"
+_START = r"\A\s*(?:/\*.*?\*/\s*|--[^\n]*\n\s*)*"
 
 _LEAVES = (
     (
