@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 #: Where a request remembers the name of its key, its run with it, and that another
 #: task goes on under its id.
@@ -37,3 +40,18 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """
+        What *coroutine* returns, run on an event loop that outlives this run.
+
+        Each thread of a process has one, so that an asynchronous engine keeps its
+        connections between tasks. What the coroutine leaves running is cancelled. Not
+        on gevent and eventlet, whose greenlets share a thread.
+
+        Raises:
+            RuntimeError: A loop runs in this thread: await it instead.
+        """
+        from celery_resilience.async_runner import run
+
+        return run(coroutine)

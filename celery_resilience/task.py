@@ -104,6 +104,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
     _base_has_a_call: ClassVar[bool] = True
+    _has_async_body: ClassVar[bool] = False
     _keys: ClassVar[TaskKeys | None] = None
 
     @classmethod
@@ -122,6 +123,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
+        cls._has_async_body = inspect.iscoroutinefunction(inspect.unwrap(cls.run))
         cls._keys = check_options(cls, cls._installation)
         super().on_bound(app)
 
@@ -228,6 +230,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             else:
                 _celery.enter_body(request)
                 result = self.run(*args, **kwargs)
+            if self._has_async_body and inspect.iscoroutine(result):
+                result = self.resilience.run(result)
         except BaseException as exc:
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self._after_body(rooms, request, exc)

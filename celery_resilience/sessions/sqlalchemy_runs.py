@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import AdaptedConnection, Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, close_all_sessions
 from sqlalchemy.pool import NullPool, Pool
@@ -152,14 +152,13 @@ def _remember(record: Any) -> None:
 def _on_connect(driver: Any, record: Any) -> None:
     record.info[OWNER] = _owner
     _remember(record)
-    loop = _running_loop()
-    if loop is not None:
-        record.info[LOOP] = weakref.ref(loop)
+    if isinstance(driver, AdaptedConnection):
+        # An asynchronous driver's, behind a synchronous face.
+        record.info[LOOP] = weakref.ref(_running_loop())
 
 
 def _running_loop() -> Any:
-    asyncio = sys.modules.get("asyncio")
-    return None if asyncio is None else asyncio._get_running_loop()
+    return sys.modules["asyncio"]._get_running_loop()
 
 
 def _on_checkout(driver: Any, record: Any, fairy: Any) -> None:

@@ -5,6 +5,7 @@ Each leaves behind what its name says.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import Integer, String, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import (
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -40,9 +46,13 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
 
     Args:
         conf: `fleet_database`: the URL; `fleet_engine`: options of the engine;
-            `fleet_connects`: connect where the app is imported, before any fork.
+            `fleet_connects`: connect where the app is imported, before any fork;
+            `fleet_is_async`: the tasks of `register_async` instead.
     """
     url = conf["fleet_database"]
+    if conf.get("fleet_is_async"):
+        register_async(app, base, conf)
+        return
     engine = create_engine(url, **conf.get("fleet_engine", {}))
     session = scoped_session(sessionmaker(engine))
     if conf.get("fleet_connects"):
@@ -195,6 +205,52 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
     @task(name="s.lazy")
     def lazy(self: Any, path: str) -> None:
         Path(path).touch()
+
+
+def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:
+    """Tasks of an asynchronous engine, with the loop that the task asks for."""
+    engine = create_async_engine(conf["fleet_database"])
+
+    async def backend() -> int:
+        async with engine.connect() as connection:
+            asked = await connection.execute(text("SELECT pg_backend_pid()"))
+            return int(asked.scalar_one())
+
+    def task(**options: Any) -> Any:
+        return app.task(base=base, bind=True, shared=False, **options)
+
+    @task(name="a.asyncio_run")
+    def asyncio_run(self: Any) -> int:
+        return asyncio.run(backend())
+
+    @task(name="a.run")
+    def run(self: Any) -> int:
+        pid: int = self.resilience.run(backend())
+        return pid
+
+    @task(name="a.body")
+    async def body(self: Any) -> int:
+        return await backend()
+
+    session = async_scoped_session(
+        async_sessionmaker(engine), scopefunc=lambda: "the only one"
+    )
+
+    @task(name="a.add_and_fail")
+    async def add_and_fail(self: Any, name: str) -> None:
+        session.add(Row(name=name))
+        await session.flush()
+        raise ValueError("after the row, before the commit")
+
+    @task(name="a.save")
+    async def save(self: Any, name: str) -> None:
+        session.add(Row(name=name))
+        await session.commit()
+
+    @task(name="a.slow", soft_time_limit=1)
+    async def slow(self: Any) -> None:
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT pg_sleep(60) /* abandoned */"))
 
 
 #: Connections that nobody gives back.

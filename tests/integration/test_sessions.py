@@ -395,3 +395,59 @@ def test_another_thread_of_the_task_is_left_alone(
 
     assert found is None
     assert names(url) == ["of a thread"]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_an_asynchronous_engine_keeps_its_connections(
+    make_fleet: FleetMaker, database: Databases, driver: str, pool: str
+) -> None:
+    """On the loop of `self.resilience.run`, and of an `async def` body, one backend."""
+    both = Both(
+        make_fleet,
+        lambda: database("postgresql", driver),
+        fleet_is_async=True,
+        pool=pool,
+    )
+
+    fleet, worker, url = both()
+    kept = [outcome(fleet, name) for name in ("a.run", "a.body", "a.run")]
+    outcome(fleet, "a.add_and_fail", "ghost")
+    outcome(fleet, "a.save", "mine")
+    own = [outcome(fleet, "a.asyncio_run") for _ in range(3)]
+
+    assert len(set(kept)) == 1, kept
+    assert all(isinstance(one, int) for one in own), own
+    assert names(url.replace("+asyncpg", "+psycopg")) == ["mine"]
+    assert "failed (told once)" not in worker.text
+    assert "could not be cleaned" not in worker.text
+
+
+def test_a_pool_of_asyncpg_survives_a_loop_for_each_task(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Where the tasks call `asyncio.run`; plain Celery's second task fails."""
+    both = Both(
+        make_fleet, lambda: database("postgresql", "asyncpg"), fleet_is_async=True
+    )
+
+    for is_plain in (False, True):
+        fleet, _, _ = both(is_plain=is_plain)
+        found = [outcome(fleet, "a.asyncio_run") for _ in range(3)]
+
+        assert all(isinstance(one, int) for one in found) is not is_plain, found
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_an_asynchronous_query_cut_off_is_cancelled(
+    make_fleet: FleetMaker, database: Databases, driver: str
+) -> None:
+    """The coroutine is cancelled, and its driver tells the server."""
+    both = Both(make_fleet, lambda: database("postgresql", driver), fleet_is_async=True)
+
+    fleet, _, url = both()
+    cut = outcome(fleet, "a.slow")
+
+    assert type(cut).__name__ == "SoftTimeLimitExceeded", cut
+    eventually_none(url.replace("+asyncpg", "+psycopg"), ABANDONED)
+    assert isinstance(outcome(fleet, "a.run"), int)
