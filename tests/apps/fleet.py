@@ -73,11 +73,30 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         Resilience(app)
     _register(app, base)
     keyed_tasks.register(app, base, note)
-    if "fleet_database" in conf:
+    if "fleet_database" in conf and conf.get("fleet_is_late"):
+        _register_late(app, base, conf)
+    elif "fleet_database" in conf:
         import session_tasks
 
         session_tasks.register(app, base, note, conf)
     return app
+
+
+def _register_late(app: Celery, base: Any, conf: dict[str, Any]) -> None:
+    """Tasks whose bodies are the first to import SQLAlchemy."""
+    apps: list[Any] = []
+
+    def late(name: str, *args: Any) -> Any:
+        if not apps:
+            import session_tasks
+
+            apps.append(Celery("late", set_as_current=False))
+            session_tasks.register(apps[0], Task, note, conf)
+        return apps[0].tasks[name].run(*args)
+
+    @app.task(base=base, name="late", shared=False)
+    def task(name: str, *args: Any) -> Any:
+        return late(name, *args)
 
 
 def note(event: str, *facts: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -38,6 +37,10 @@ class Row(Base):
     __tablename__ = "session_rows"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
+
+    def __json__(self) -> str:
+        """For kombu, which asks the object after its task has ended."""
+        return self.name
 
 
 def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
@@ -181,9 +184,29 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         connection.execute(text("SELECT 1"))
         _kept.append(connection)
 
-    @task(name="s.handled")
-    def handled(self: Any) -> None:
-        raise ValueError("see on_failure")
+    @task(name="s.returns_row")
+    def returns_row(self: Any, name: str) -> Row:
+        row = Row(name=name)
+        session.add(row)
+        session.commit()
+        return row
+
+    @task(name="s.returns_read")
+    def returns_read(self: Any, name: str) -> Any:
+        return session.scalar(select(Row).where(Row.name == name))
+
+    class Handled(base):  # type: ignore[misc]
+        """A task that saves how it failed."""
+
+        def on_failure(self, exc: Any, task_id: Any, *_: Any) -> None:
+            session.add(Row(name=f"failed: {exc}"))
+            session.commit()
+
+    @app.task(base=Handled, name="s.handled", shared=False)
+    def handled(name: str) -> None:
+        session.add(Row(name=name))
+        session.flush()
+        raise ValueError("no")
 
     @task(name="s.thread")
     def thread(self: Any, name: str) -> None:
@@ -201,10 +224,6 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         running.join()
         session.rollback()
         assert ended
-
-    @task(name="s.lazy")
-    def lazy(self: Any, path: str) -> None:
-        Path(path).touch()
 
 
 def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:

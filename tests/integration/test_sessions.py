@@ -451,3 +451,62 @@ def test_an_asynchronous_query_cut_off_is_cancelled(
     assert type(cut).__name__ == "SoftTimeLimitExceeded", cut
     eventually_none(url.replace("+asyncpg", "+psycopg"), ABANDONED)
     assert isinstance(outcome(fleet, "a.run"), int)
+
+
+def test_a_body_may_be_the_first_to_import_sqlalchemy(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """What it leaves is undone all the same."""
+    both = Both(make_fleet, lambda: database("postgresql"), fleet_is_late=True)
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "late", "s.add_and_fail", "ghost", True)
+        outcome(fleet, "late", "s.add_and_fail", "ghost too", True)
+        outcome(fleet, "late", "s.save", "mine")
+
+        assert (names(url) == ["mine"]) is not is_plain
+
+
+def test_a_transaction_is_closed_before_its_result_is_there(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """Whoever has the result finds nobody idle in a transaction."""
+    waits = "SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        for _ in range(5):
+            assert outcome(fleet, "s.names") == []
+            mine = f"{waits} AND datname = '{url.rpartition('/')[2]}'"
+            assert bool(rows(url, mine)) is is_plain
+
+
+def test_what_a_task_returns_may_read_from_its_session(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """The result is stored after the body: its objects are as in plain Celery."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        assert outcome(fleet, "s.returns_row", "expired") == "expired"
+        assert outcome(fleet, "s.returns_read", "expired") == "expired"
+        if not is_plain:
+            assert isinstance(outcome(fleet, "s.save", "next"), int)
+            assert names(url) == ["expired", "next"]
+
+
+def test_a_failed_task_is_rolled_back_before_its_on_failure(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """What that saves is saved, without the half of the body."""
+    both = Both(make_fleet, lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "s.handled", "half")
+        outcome(fleet, "s.names")
+
+        assert names(url) == (["half", "failed: no"] if is_plain else ["failed: no"])
