@@ -125,6 +125,15 @@ def is_a_delivery(request: Any) -> bool:
     return not (request.called_directly or request._protected or request.is_eager)
 
 
+def is_in_body(request: Any) -> bool:
+    """Whether a worker runs the body of *request*, and no call of the task in it."""
+    return (
+        request is not None
+        and bool(request._protected)
+        and not (request.called_directly or request.is_eager)
+    )
+
+
 def signature_of(signature: Any, task_id: Any) -> Any:
     """
     The signature whose message will have *task_id*, or None.

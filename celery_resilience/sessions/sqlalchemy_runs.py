@@ -513,8 +513,8 @@ def _out_of_pool(engine: Any, info: Any) -> Any:
     held: list[Any] = []
     found = None
     try:
-        count = getattr(engine.pool, "checkedin", lambda: 1)()
-        for _ in range(count):
+        idle = getattr(engine.pool, "checkedin", lambda: 1 - len(held))
+        while idle() > 0:
             fairy = engine.raw_connection()
             if fairy.info is info:
                 found = fairy

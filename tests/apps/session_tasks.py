@@ -10,6 +10,7 @@ import os
 import threading
 from typing import Any
 
+from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import Integer, String, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
@@ -25,6 +26,8 @@ from sqlalchemy.orm import (
     scoped_session,
     sessionmaker,
 )
+
+from celery_resilience import Resilience
 
 
 class Base(DeclarativeBase):
@@ -184,6 +187,23 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         connection.execute(text("SELECT 1"))
         _kept.append(connection)
 
+    def opened(scope: Any) -> Any:
+        return Resilience(app).resource(
+            lambda: note(f"open {scope}", os.getpid()),
+            lambda _: note(f"close {scope}", os.getpid()),
+            scope=scope,
+        )
+
+    if base is not Task:
+        of_task, of_child = opened("task"), opened("child")
+
+    @task(name="s.resources")
+    def resources(self: Any) -> None:
+        for resource in (of_task, of_child, of_task, of_child):
+            resource()
+        note("body", os.getpid())
+        raise ValueError("all the same")
+
     @task(name="s.returns_row")
     def returns_row(self: Any, name: str) -> Row:
         row = Row(name=name)
@@ -249,6 +269,12 @@ def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:
 
     @task(name="a.body")
     async def body(self: Any) -> int:
+        return await backend()
+
+    @task(name="a.retried", autoretry_for=(ValueError,), default_retry_delay=0)
+    async def retried(self: Any) -> int:
+        if self.request.retries == 0:
+            raise ValueError("again")
         return await backend()
 
     session = async_scoped_session(

@@ -411,7 +411,7 @@ def test_an_asynchronous_engine_keeps_its_connections(
     )
 
     fleet, worker, url = both()
-    kept = [outcome(fleet, name) for name in ("a.run", "a.body", "a.run")]
+    kept = [outcome(fleet, name) for name in ("a.run", "a.body", "a.retried")]
     outcome(fleet, "a.add_and_fail", "ghost")
     outcome(fleet, "a.save", "mine")
     own = [outcome(fleet, "a.asyncio_run") for _ in range(3)]
@@ -510,3 +510,23 @@ def test_a_failed_task_is_rolled_back_before_its_on_failure(
         outcome(fleet, "s.names")
 
         assert names(url) == (["half", "failed: no"] if is_plain else ["failed: no"])
+
+
+def test_what_a_task_and_a_child_open_is_closed_in_time(
+    make_fleet: FleetMaker, database: Databases
+) -> None:
+    """A run's when its body has ended, a child's when the child ends."""
+    both = Both(make_fleet, lambda: database("sqlite"))
+
+    fleet, worker, _ = both()
+    for _ in range(2):
+        outcome(fleet, "s.resources")
+    worker.stop()
+
+    (child,) = {pid for event, pid in fleet.notes() if event == "body"}
+    each = ["open task", "open child", "body", "close task"]
+    assert fleet.notes() == [
+        *([event, child] for event in each),
+        *([event, child] for event in each if event != "open child"),
+        ["close child", child],
+    ]
