@@ -203,20 +203,6 @@ def _on_checkin(driver: Any, record: Any) -> None:
             notes.taken.pop(id(record.info), None)
 
 
-def _on_engine_connect(connection: Any) -> None:
-    notes = _notes()
-    taken = None if notes is None else notes.taken.get(id(connection.info))
-    if taken is not None:
-        taken.connection = weakref.ref(connection)
-
-
-def _on_begin(connection: Any) -> None:
-    notes = _notes()
-    if notes is not None and not notes.is_cleaning:
-        _prune(notes.connections)
-        notes.connections[id(connection)] = Begun(connection, "")
-
-
 def _on_session_begin(session: Any, transaction: Any) -> None:
     notes = _notes()
     if notes is None or notes.is_cleaning:
@@ -251,23 +237,29 @@ def _on_session_connects(session: Any, transaction: Any, connection: Any) -> Non
 _sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _on_statement(
-    connection: Any,
-    cursor: Any,
-    statement: str,
-    parameters: Any,
-    context: Any,
-    executemany: bool,
-) -> None:
+def _on_statement(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
+    """Told to a dialect: its events cost less than those of a connection."""
+    notes = _notes()
+    if notes is None or notes.is_cleaning:
+        return
+    connection = parameters_and_context[-1].root_connection
+    begun = notes.connections.get(id(connection))
+    if begun is None or begun.owner() is not connection:
+        try:
+            info = connection.info
+        except NotImplementedError:
+            return  # SQLAlchemy's own, which looks at a new server
+        _prune(notes.connections)
+        notes.connections[id(connection)] = Begun(connection, "")
+        taken = notes.taken.get(id(info))
+        if taken is not None:
+            taken.connection = weakref.ref(connection)
     effect = _effects.get(statement)
     if effect is None:
         if len(_effects) >= _STATEMENTS:
             _effects.clear()
         effect = _effects[statement] = effect_of(statement)
     if effect is NO_EFFECT:
-        return
-    notes = _notes()
-    if notes is None or notes.is_cleaning:
         return
     info = connection.info
     changed = notes.changed.get(id(info))
@@ -583,9 +575,9 @@ def attach() -> None:
         (Pool, "connect", _on_connect),
         (Pool, "checkout", _on_checkout),
         (Pool, "checkin", _on_checkin),
-        (Engine, "engine_connect", _on_engine_connect),
-        (Engine, "begin", _on_begin),
-        (Engine, "before_cursor_execute", _on_statement),
+        (Engine, "do_execute", _on_statement),
+        (Engine, "do_execute_no_params", _on_statement),
+        (Engine, "do_executemany", _on_statement),
         (Engine, "handle_error", _on_error),
         (Session, "after_transaction_create", _on_session_begin),
         (Session, "after_begin", _on_session_connects),
