@@ -296,7 +296,7 @@ def test_strict_fails_the_leaker(open_shop: ShopMaker) -> None:
 
 def test_a_pool_is_kept_and_right(open_shop: ShopMaker) -> None:
     """psycopg's pool lives between tasks, and gives nobody a dead connection."""
-    pool = {"OPTIONS": {"pool": {"min_size": 1, "max_size": 2}}}
+    pool = {"OPTIONS": {"pool": {"min_size": 1, "max_size": 1}}}
     for is_plain in (False, True):
         with open_shop(is_plain=is_plain, database=pool) as shop:
             kept = shop.run(*["done('backend')"] * 4)
@@ -308,7 +308,7 @@ def test_a_pool_is_kept_and_right(open_shop: ShopMaker) -> None:
                 "done('backend')",
             )
 
-            assert (len(set(kept)) <= 2) is not is_plain
+            assert (len(set(kept)) == 1) is not is_plain
             if not is_plain:
                 assert not [one for one in found[:1] + found[3:] if type(one) is str]
                 assert shop.names() == ["mine"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -272,3 +275,33 @@ def test_a_temporary_table_in_a_file_is_gone(
     with around.engine.connect() as connection:
         found = connection.execute(text("SELECT count(*) FROM sqlite_temp_master"))
         assert found.scalar() == 0
+
+
+def test_a_body_that_imports_sqlalchemy_leaves_nothing_either() -> None:
+    """Its session was listened to by nobody, and is ended all the same."""
+    source = """
+        import sys
+        from types import SimpleNamespace
+        from celery_resilience.sessions.task import Sessions
+
+        room, task = Sessions(), SimpleNamespace(name="shop.ship")
+        assert "sqlalchemy" not in sys.modules
+        room.before(task, SimpleNamespace(id="17"))
+        from sqlalchemy import create_engine, text
+        from sqlalchemy.orm import Session
+
+        session = Session(create_engine("sqlite://"))
+        session.execute(text("CREATE TABLE mine (id int)"))
+        session.execute(text("INSERT INTO mine VALUES (1)"))
+        room.after(task, SimpleNamespace(id="17"), None)
+        print(session.in_transaction())
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert (done.stdout, done.stderr) == ("False\n", "")
