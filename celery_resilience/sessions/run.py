@@ -11,7 +11,7 @@ class Run:
     What one run has taken.
 
     Attributes:
-        name: The task's.
+        name: The task's; "" before its body begins.
         task_id: Of the run.
         libraries: What each library has noted of this run, by its name; empty for a
             run that has used none.
@@ -21,12 +21,16 @@ class Run:
 
     __slots__ = ("is_running", "libraries", "name", "resources", "task_id")
 
-    def __init__(self, name: str, task_id: Any) -> None:
-        self.name = name
-        self.task_id = task_id
+    def __init__(self, name: str = "", task_id: Any = None) -> None:
         self.libraries: dict[str, Any] = {}
         self.resources: list[tuple[Any, Any]] = []
-        self.is_running = True
+        self.begin(name, task_id)
+
+    def begin(self, name: str, task_id: Any) -> None:
+        """Its body begins."""
+        self.name = name
+        self.task_id = task_id
+        self.is_running = bool(name)
 
 
 #: The run of this thread, greenlet or asynchronous task; until the next one begins.

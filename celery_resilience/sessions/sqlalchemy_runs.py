@@ -35,7 +35,7 @@ from celery_resilience.sessions.policy import (
     left_by,
     should_ask,
 )
-from celery_resilience.sessions.run import current
+from celery_resilience.sessions.run import Run, current
 from celery_resilience.sessions.where import taken_at
 
 logger = logging.getLogger("celery_resilience.sessions")
@@ -47,7 +47,7 @@ OWNER, BACK_AT, LOOP, CHANGED = (
     f"celery_resilience.{name}" for name in ("owner", "back_at", "loop", "changed")
 )
 
-#: Sessions of one run above which the dead ones are forgotten.
+#: Things of one run above which the dead ones, or the later ones, are forgotten.
 _MANY = 500
 
 #: Statements whose effects are remembered.
@@ -119,10 +119,12 @@ class Notes:
         self.is_cleaning = False
 
 
-def _notes() -> Notes | None:
+def _notes() -> Notes:
+    """The present run's; of a run whose body has yet to begin, where there is none."""
     run = current.get()
     if run is None:
-        return None
+        run = Run()
+        current.set(run)
     notes: Notes | None = run.libraries.get(LIBRARY)
     if notes is None:
         notes = run.libraries[LIBRARY] = Notes()
@@ -174,8 +176,7 @@ def _on_checkout(driver: Any, record: Any, fairy: Any) -> None:
         record.dbapi_connection = fairy.dbapi_connection = None
         raise DisconnectionError("this connection is another event loop's")
     notes = _notes()
-    is_ours = notes is not None and notes.is_cleaning
-    if CHANGED in info and not is_ours and info[CHANGED] is not current.get():
+    if CHANGED in info and not notes.is_cleaning and info[CHANGED] is not current.get():
         # Another run has left it so, and could not get at it when it ended.
         raise DisconnectionError("this connection has another run's session state")
     back_at = info.get(BACK_AT)
@@ -190,7 +191,7 @@ def _on_checkout(driver: Any, record: Any, fairy: Any) -> None:
             and not drivers.is_alive(raw)
         ):
             raise DisconnectionError("the server has ended this connection")
-    if notes is not None and not is_ours:
+    if not notes.is_cleaning:
         notes.taken[id(info)] = Taken(fairy, taken_at(stop_at_session=True))
 
 
@@ -205,7 +206,7 @@ def _on_checkin(driver: Any, record: Any) -> None:
 
 def _on_session_begin(session: Any, transaction: Any) -> None:
     notes = _notes()
-    if notes is None or notes.is_cleaning:
+    if notes.is_cleaning:
         return
     begun = notes.sessions.get(id(session))
     if begun is None or begun.owner() is not session:
@@ -227,7 +228,7 @@ def _prune(begun: dict[int, Begun]) -> None:
 def _on_session_connects(session: Any, transaction: Any, connection: Any) -> None:
     _sessions.add(session)
     notes = _notes()
-    begun = None if notes is None else notes.sessions.get(id(session))
+    begun = notes.sessions.get(id(session))
     if begun is not None:
         begun.has_connected = True
         begun.is_async = connection.dialect.is_async
@@ -240,7 +241,7 @@ _sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 def _on_statement(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
     """Told to a dialect: its events cost less than those of a connection."""
     notes = _notes()
-    if notes is None or notes.is_cleaning:
+    if notes.is_cleaning:
         return
     connection = parameters_and_context[-1].root_connection
     begun = notes.connections.get(id(connection))
@@ -266,7 +267,8 @@ def _on_statement(cursor: Any, statement: str, *parameters_and_context: Any) -> 
     if changed is None:
         changed = Changed(connection, taken_at() or "")
         notes.changed[id(info)] = changed
-    changed.effects.append(effect)
+    if len(changed.effects) < _MANY:
+        changed.effects.append(effect)
     info[CHANGED] = current.get()
 
 

@@ -18,7 +18,8 @@ from celery_resilience.sessions.run import Run, current
 
 logger = logging.getLogger("celery_resilience.sessions")
 
-SQLALCHEMY, DJANGO = "sqlalchemy", "django"
+#: Modules with which a library is there to be listened to.
+SQLALCHEMY, DJANGO = "sqlalchemy", "django.db"
 
 
 class Sessions:
@@ -53,7 +54,7 @@ class Sessions:
 
             sqlalchemy_runs.attach()
             self._sqlalchemy = sqlalchemy_runs
-        if self._django is None and "django.db" in sys.modules:
+        if self._django is None and DJANGO in sys.modules:
             from celery_resilience.sessions import django_runs
 
             django_runs.attach()
@@ -68,16 +69,21 @@ class Sessions:
 
     def before(self, task: Any, request: Any) -> None:
         """The body starts with nothing of another run."""
+        run = current.get()
+        self._running += 1
         try:
-            left = current.get()
-            if left is not None and SQLALCHEMY in left.libraries:
-                self._end(left)
+            if run is not None and run.name:
+                # Nobody has told of its end.
+                self._end(run)
             if self._django is not None:
                 self._django.before_body()
         except Exception:
             logger.exception("%s: what came before it could not be cleaned", task.name)
-        self._running += 1
-        current.set(Run(task.name, request.id))
+        if run is None or run.name:
+            current.set(Run(task.name, request.id))
+        else:
+            # What a receiver of task_prerun has begun is this body's.
+            run.begin(task.name, request.id)
 
     def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
         """
@@ -91,8 +97,12 @@ class Sessions:
         if run is None:
             return
         run.is_running = False
-        if self._sqlalchemy is None or self._django is None:
+        if (self._sqlalchemy is None and SQLALCHEMY in sys.modules) or (
+            self._django is None and DJANGO in sys.modules
+        ):
             self._first_look(run)
+        if not run.libraries and not run.resources and self._django is None:
+            return
         leaks: list[Leak] = []
         try:
             if run.resources:
@@ -112,9 +122,11 @@ class Sessions:
         if run is None or getattr(sender, "name", "") != run.name:
             return
         try:
-            self._end(run)
+            if run.libraries or self._django is not None:
+                self._end(run)
         except Exception:
             logger.exception("%s: what came after it could not be cleaned", run.name)
+        current.set(None)
 
     def _end(self, run: Run) -> None:
         if SQLALCHEMY in run.libraries:

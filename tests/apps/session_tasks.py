@@ -204,6 +204,14 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         note("body", os.getpid())
         raise ValueError("all the same")
 
+    @task(name="s.nests")
+    def nests(self: Any, name: str) -> None:
+        session.add(Row(name=name))
+        session.flush()
+        app.tasks["s.add_and_return"].apply(args=(f"{name}, applied",))
+        app.tasks["s.add_and_return"](f"{name}, called")
+        session.commit()
+
     @task(name="s.returns_row")
     def returns_row(self: Any, name: str) -> Row:
         row = Row(name=name)

@@ -171,6 +171,21 @@ def test_a_killed_backend_is_noticed_before_it_is_used(
         assert first not in found
 
 
+def test_a_killed_connection_of_mariadb_is_noticed_too(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """Where the driver's own state does not tell."""
+    both = both_of(lambda: database("mariadb"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        first = outcome(fleet, "s.asks", "SELECT connection_id()")
+        statement(url, f"KILL {first}")
+        found = outcome(fleet, "s.asks", "SELECT connection_id()")
+
+        assert isinstance(found, Exception) is is_plain
+
+
 def test_a_backend_killed_within_a_task_harms_that_task_alone(
     both_of: BothMaker, database: Databases
 ) -> None:
@@ -544,3 +559,16 @@ def test_what_a_task_and_a_child_open_is_closed_in_time(
         *([event, child] for event in each if event != "open child"),
         ["close child", child],
     ]
+
+
+def test_a_task_within_a_task_leaves_its_callers_session_alone(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """Applied or called: the outermost one's end is the end."""
+    both = both_of(lambda: database("postgresql"))
+
+    fleet, worker, url = both()
+    outcome(fleet, "s.nests", "mine")
+
+    assert names(url) == ["mine", "mine, applied", "mine, called"]
+    assert "left behind" not in worker.text

@@ -70,6 +70,7 @@ class Around:
 def around(tmp_path: Any) -> Iterator[Around]:
     """With the setting "auto"."""
     made = Around(Sessions(), f"sqlite:///{tmp_path}/rows.sqlite3")
+    current.set(None)
     yield made
     made.session.remove()
     made.engine.dispose()
@@ -192,13 +193,21 @@ def test_a_run_begins_without_what_came_after_the_last(around: Around) -> None:
     assert around.names() == []
 
 
-def test_a_run_that_uses_no_database_has_nothing(around: Around) -> None:
-    """And whoever is outside of a run is left alone."""
-    around.session.add(Row(name="outside"))
+def test_what_a_receiver_of_prerun_has_begun_is_the_bodys(
+    around: Around, told: list[Any]
+) -> None:
+    """It is not cut off before the body, and is ended with it."""
+    around.session.add(Row(name="of a receiver"))
+
+    around.run(around.session.commit)
+    around.room.after_result(TASK)
+
+    assert around.names() == ["of a receiver"]
+    assert told == []
+    around.session.add(Row(name="of another"))
     around.run(lambda: None)
     around.session.commit()
-
-    assert around.names() == ["outside"]
+    assert around.names() == ["of a receiver"]
 
 
 def test_a_connection_is_rolled_back_and_stays_whoevers_it_is(
