@@ -9,11 +9,9 @@ from pathlib import Path
 
 _OURS = str(Path(__file__).parent.parent) + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
-_SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+_SITE = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 #: Libraries that take a connection in somebody's name.
-_TAKERS = tuple(
-    f"{os.sep}{name}{os.sep}" for name in ("sqlalchemy", "django", "asgiref")
-)
+_TAKERS = ("sqlalchemy", "django", "asgiref")
 
 #: The file of a session of SQLAlchemy's, which tells of itself where it was begun.
 SESSION_FILE = f"{os.sep}sqlalchemy{os.sep}orm{os.sep}session.py"
@@ -29,11 +27,19 @@ def _kind_of(file: str) -> int:
         return _END if file.endswith(f"{os.sep}task.py") else _TAKER
     if file.endswith(SESSION_FILE):
         return _SESSION
-    if file.startswith(_SITE):
-        return _TAKER if any(name in file for name in _TAKERS) else _LIBRARY
+    if any(file.startswith(folder) for folder in map(_folder_of, _TAKERS) if folder):
+        return _TAKER
+    if any(name in file for name in _SITE):
+        return _LIBRARY
     if file.startswith((_STDLIB, "<frozen")):
         return _TAKER
     return _USERS
+
+
+def _folder_of(library: str) -> str:
+    """Where an imported library is."""
+    file = getattr(sys.modules.get(library), "__file__", None)
+    return os.path.dirname(file) + os.sep if file else ""
 
 
 def taken_at(*, stop_at_session: bool = False) -> str | None:
