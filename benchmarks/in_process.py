@@ -15,6 +15,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,8 @@ from celery import Celery, Task
 from celery.app import trace
 from celery.worker import state, strategy
 from kombu.message import Message
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from benchmarks.figures import Figure
 from celery_resilience import Resilience, ResilientTask
@@ -29,6 +32,7 @@ from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.redis_store import VERSION, RedisKeyStore
 from celery_resilience.install import installation_of
 from celery_resilience.message import HEADER, KEY
+from celery_resilience.sessions.task import Sessions
 from celery_resilience.stores.redis import RedisServer
 from celery_resilience.worker import WorkerSetup
 
@@ -221,6 +225,7 @@ def measure() -> Iterator[Figure]:
         app=app,
         consumer_cls="celery.worker.consumer:Consumer",
         _process_task=None,
+        pool_cls="prefork",
     )
     installation = installation_of(app)
     setup = WorkerSetup(installation, worker)
@@ -240,6 +245,7 @@ def measure() -> Iterator[Figure]:
     try:
         yield from _main_process(app, tasks)
         yield from _child(app, tasks)
+        yield from _sessions(tasks[1])
     finally:
         trace.reset_worker_optimizations(app)
 
@@ -314,6 +320,56 @@ def _child(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
         at_most=40,
         raw=[f"with a key {keyed:.1f}"],
     )
+
+
+def _sessions(task: Any) -> Iterator[Figure]:
+    """What is looked at around a body: without a database, and with a session."""
+    engine = create_engine("sqlite://")
+    session = scoped_session(sessionmaker(engine))
+
+    def uses_a_session() -> None:
+        session.execute(text("SELECT 1"))
+        session.commit()
+        session.remove()
+
+    def without(body: Callable[[], object], count: int) -> float:
+        start = time.thread_time()
+        for _ in range(count):
+            body()
+        return time.thread_time() - start
+
+    plain = _best(partial(without, uses_a_session))
+    room = Sessions()
+    request = SimpleNamespace(id="bench")
+
+    def within(body: Callable[[], object], count: int) -> float:
+        start = time.thread_time()
+        for _ in range(count):
+            room.before(task, request)
+            body()
+            room.after(task, request, None)
+            room.after_result(task)
+        return time.thread_time() - start
+
+    nothing = _best(partial(without, int))
+    yield Figure(
+        "child: sessions, more for a run without a database",
+        _best(partial(within, int)) - nothing,
+        "µs",
+        at_most=2,
+    )
+    yield Figure(
+        "child: sessions, more for a run with a session on SQLite",
+        _best(partial(within, uses_a_session)) - plain,
+        "µs",
+        raw=[f"without {plain:.1f}"],
+    )
+
+
+def _best(measured: Callable[[int], float]) -> float:
+    """The best time in microseconds."""
+    times: list[float] = [_quietly(measured, BATCH) for _ in range(REPEATS // 4)]
+    return min(times) / BATCH * 1e6
 
 
 def _run(task: Any, count: int) -> float:

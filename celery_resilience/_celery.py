@@ -36,6 +36,7 @@ from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.fixups.django import DjangoFixup, DjangoWorkerFixup
 from celery.platforms import EX_FAILURE, EX_OK
 from celery.utils import log as celery_log
 from celery.utils import timer2
@@ -338,6 +339,15 @@ def is_a_delivery(request: Any) -> bool:
     return not (request.called_directly or request._protected or request.is_eager)
 
 
+def is_in_body(request: Any) -> bool:
+    """Whether a worker runs the body of *request*, and no call of the task in it."""
+    return (
+        request is not None
+        and bool(request._protected)
+        and not (request.called_directly or request.is_eager)
+    )
+
+
 def signature_of(signature: Any, task_id: Any) -> Any:
     """
     The signature whose message will have *task_id*, or None.
@@ -396,6 +406,28 @@ def let_canvas_go(request: Any) -> None:
     The tracer reads these after the body (``app/trace.py``, Celery 5.7).
     """
     request.callbacks = request.chain = request.chord = None
+
+
+def keep_django_connections(app: Any, keeps_now: Callable[[], bool]) -> None:
+    """
+    Let Celery's fixup for Django leave connections alone while *keeps_now*.
+
+    It closes every connection before and after each task (``fixups/django.py:187``,
+    Celery 5.7), or, with CELERY_DB_REUSE_MAX, looks at none of so many.
+    """
+    for fixup in getattr(app, "_fixups", ()):
+        if not isinstance(fixup, DjangoFixup):
+            continue
+        worker_fixup: Any = fixup.worker_fixup
+        if "close_database" in vars(worker_fixup):
+            continue
+        close = worker_fixup.close_database
+
+        def close_unless_kept(close: Callable[..., Any] = close, **words: Any) -> None:
+            if not keeps_now():
+                close(**words)
+
+        worker_fixup.close_database = close_unless_kept
 
 
 # --- settling a request ----------------------------------------------------------
@@ -579,6 +611,12 @@ def requests_that_will_run(consumer: Any) -> set[Any]:
     if not is_event_loop_prefork(consumer.pool):
         requests |= set(state.reserved_requests)
     return requests
+
+
+def is_greenlet_pool(pool: Any) -> bool:
+    """Whether a pool's class, or its name, is one that gives each task a greenlet."""
+    name = pool if isinstance(pool, str) else pool.__module__
+    return any(kind in name for kind in ("gevent", "eventlet"))
 
 
 def is_event_loop_prefork(pool: Any) -> bool:
@@ -860,6 +898,11 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     ),
     "billiard Worker.wait_for_job and on_ready_counter": _child_is_as_read,
     "AsynPool.maintain_pool() and Process._sentinel_poll": _exits_are_as_read,
+    "DjangoWorkerFixup.close_database()": lambda: (
+        callable(DjangoWorkerFixup.close_database)
+        and callable(DjangoWorkerFixup.on_task_prerun)
+        and isinstance(DjangoFixup.worker_fixup, property)
+    ),
     "kombu's virtual.QoS and Channel": kombu_is_as_read,
 }
 

@@ -234,6 +234,10 @@ class RunInterrupted(ResilienceError):
     """An earlier run of this key ended with its process: its effect may have happened."""
 
 
+class LeftBehind(ResilienceError):
+    """The task left a transaction, a connection or a session's state behind."""
+
+
 class AskAgain(SendAgain):
     """Tell the main process to send the message again, as a snooze.
 

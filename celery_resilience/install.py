@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from celery import Celery, current_app, current_task, signals
 
@@ -28,6 +28,8 @@ from celery_resilience.settings import (
 from celery_resilience.task import ResilientTask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Connection, Engine
 
     from celery_resilience.batches.task import Streams
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.lifecycle.bootstep import Lifecycle
+    from celery_resilience.sessions.resources import Resource
+
+Thing = TypeVar("Thing")
 
 _ATTRIBUTE = "_celery_resilience"
 
@@ -83,6 +88,34 @@ class Resilience:
         if self._app is None:
             raise ConfigurationError("there is no app yet: call init_app first")
         return explain_app(self._app)
+
+    def resource(
+        self,
+        open: Callable[[], Thing],
+        close: Callable[[Thing], object],
+        *,
+        scope: Literal["task", "child"] = "task",
+    ) -> Resource[Thing]:
+        """
+        Something that tasks use, opened when it is first asked for and closed in time.
+
+        Call what this returns to have the thing: `client = http()`. A forked child
+        opens its own.
+
+        Args:
+            open: Opens it.
+            close: Closes it; what it raises is logged.
+            scope: "task": each run has its own, closed when its body has ended.
+                "child": each process has one, which its threads share, closed when
+                the process ends. Outside of a resilient task's run, "task" is as
+                "child".
+
+        Raises:
+            ConfigurationError: Another scope, or something that cannot be called.
+        """
+        from celery_resilience.sessions.resources import Resource
+
+        return Resource(open, close, scope)
 
     def create_once_table(self, bind: Engine | Connection) -> None:
         """

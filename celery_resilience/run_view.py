@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from celery_resilience.draining import is_draining
 
 if TYPE_CHECKING:
     from celery_resilience.install import Installation
 
-from celery_resilience.draining import is_draining
+Result = TypeVar("Result")
 
 #: Where a request remembers the name of its key, its run with it, and that another
 #: task goes on under its id.
@@ -93,3 +95,18 @@ class RunView:
         False in a child that was spawned and not forked.
         """
         return is_draining()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """
+        What *coroutine* returns, run on an event loop that outlives this run.
+
+        Each thread of a process has one, so that an asynchronous engine keeps its
+        connections between tasks. What the coroutine leaves running is cancelled. Not
+        on gevent and eventlet, whose greenlets share a thread.
+
+        Raises:
+            RuntimeError: A loop runs in this thread: await it instead.
+        """
+        from celery_resilience.async_runner import run
+
+        return run(coroutine)

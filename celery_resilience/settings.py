@@ -26,7 +26,6 @@ PREFIX = "resilience_"
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
     "circuits": {},
-    "sessions": "auto",
     "metrics_port": None,
 }
 
@@ -158,6 +157,12 @@ def _if_store_down(value: Any) -> str:
     if value in ("wait", "run"):
         return str(value)
     raise _Refused('"wait" or "run"')
+
+
+def _sessions(value: Any) -> str:
+    if value in ("auto", "strict", "off"):
+        return str(value)
+    raise _Refused('"auto", "strict" or "off"')
 
 
 #: Kinds of store, by the start of their URL, with the URL to write.
@@ -338,6 +343,12 @@ class Settings:
         _optional(_memory),
         "What one run may take before it fails as memory_limit; a share is one of the "
         "container's memory. None: any amount.",
+    )
+    sessions: str = _setting(
+        "auto",
+        _sessions,
+        "What becomes of what a task leaves behind in a database: undone and told of; "
+        'with "strict" the task that left it is failed, too; with "off" nothing.',
     )
     log_format: str | None = _setting(
         None, _optional(_log_format), "How the record of a failed task is written."

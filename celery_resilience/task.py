@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -183,6 +183,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
+        run_on_loop(cls)
         cls._keys = check_options(cls, cls._installation)
         super().on_bound(app)
 
@@ -542,6 +543,26 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         """Names of arguments that are never shown."""
         settings = self._installation and self._installation.settings
         return (*self.redact, *(settings.redact if settings else ()))
+
+
+def run_on_loop(task: type[ResilientTask]) -> None:
+    """Let a worker run an `async def` body; who calls it directly awaits it."""
+    found = inspect.getattr_static(task, "run")
+    is_static = isinstance(found, staticmethod)
+    body = found.__func__ if is_static else found
+    if not inspect.iscoroutinefunction(body):
+        return
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        coroutine = body(*args, **kwargs)
+        if not _celery.is_in_body(task.request_stack.top):
+            return coroutine
+        from celery_resilience.async_runner import run as run_coroutine
+
+        return run_coroutine(coroutine)
+
+    task.run = staticmethod(run) if is_static else run  # type: ignore[method-assign]
 
 
 def inherited_marks(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-from celery import bootsteps, signals
+from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
 from celery_resilience import _celery, draining
@@ -33,7 +33,12 @@ from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.reservations import FreesReservations
-from celery_resilience.install import WORKER_VARIABLE, ChildRooms, Installation
+from celery_resilience.install import (
+    WORKER_VARIABLE,
+    AroundBody,
+    ChildRooms,
+    Installation,
+)
 from celery_resilience.lifecycle.bootstep import (
     Lifecycle,
     connection_step,
@@ -50,6 +55,7 @@ from celery_resilience.memory.task import MemoryAround, RunLimits
 from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
+from celery_resilience.sessions.task import Sessions
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.log import FailureLog, WorkerLog
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
@@ -207,7 +213,11 @@ class WorkerSetup:
             keys=key_guard(installation),
             facts=self.deliveries.facts,
             is_ending=_is_ending,
-            around=(memory.around, installation.streams),
+            around=(
+                installation.streams,
+                memory.around,
+                *rooms_around(installation, worker.pool_cls),
+            ),
             give_way=memory.around.lift,
         )
         os.environ[WORKER_VARIABLE] = json.dumps(
@@ -421,6 +431,27 @@ def enter_spawned_child(installation: Installation, told: Mapping[str, Any]) -> 
     return around
 
 
+def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...]:
+    """
+    What looks at what a body leaves behind, the outermost first.
+
+    Args:
+        pool: The pool's class, or its name.
+    """
+    mode = installation.settings.sessions
+    if mode == "off":
+        return ()
+    has_greenlets = _celery.is_greenlet_pool(pool)
+    _celery.keep_django_connections(installation.app, _runs_a_resilient_task)
+    return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
+
+
+def _runs_a_resilient_task() -> bool:
+    """Whether the task of this thread is one whose connections we look after."""
+    task: Any = current_task
+    return isinstance(task, ResilientTask) and not task.name.startswith("celery.")
+
+
 def prepare_worker(installation: Installation, worker: Any) -> None:
     """
     Set celery-resilience up in *worker*, or make it refuse to start.
@@ -467,7 +498,11 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         keys=key_guard(installation),
         facts=facts,
         is_ending=_is_ending,
-        around=(memory, installation.streams),
+        around=(
+            installation.streams,
+            memory,
+            *rooms_around(installation, "prefork"),
+        ),
         give_way=memory.lift,
     )
 

@@ -143,13 +143,16 @@ class Project:
         return self.python("-c", begin + textwrap.dedent(source), **options)
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[str]]:
-        """A prefork worker, ended when the block is."""
+    def worker(
+        self, *flags: str, settings: dict[str, Any] | None = None
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A prefork worker, unless *flags* say another, ended when the block is."""
         log = self.folder / "worker.log"
-        words = ("worker", "--concurrency", "1", "--without-mingle")
+        words = ("worker", "--concurrency", "1", "--without-mingle", *flags)
         with open(log, "a") as file:
             process = self.start(
                 *("-m", "celery", "-A", "shop", *words, "--loglevel", "INFO"),
+                settings=settings,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,

@@ -53,7 +53,8 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     Args:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
             queues by their names, each bound to a topic exchange of its name; and
-            `fleet_broadcast`, what every worker listens to besides.
+            `fleet_broadcast`, what every worker listens to besides; and
+            `fleet_database`, see `session_tasks`.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
@@ -77,7 +78,30 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     keyed_tasks.register(app, base, note)
     stream_tasks.register(app, base, note)
     memory_tasks.register(app, base, note, conf)
+    if "fleet_database" in conf and conf.get("fleet_is_late"):
+        _register_late(app, base, conf)
+    elif "fleet_database" in conf:
+        import session_tasks
+
+        session_tasks.register(app, base, note, conf)
     return app
+
+
+def _register_late(app: Celery, base: Any, conf: dict[str, Any]) -> None:
+    """Tasks whose bodies are the first to import SQLAlchemy."""
+    apps: list[Any] = []
+
+    def late(name: str, *args: Any) -> Any:
+        if not apps:
+            import session_tasks
+
+            apps.append(Celery("late", set_as_current=False))
+            session_tasks.register(apps[0], Task, note, conf)
+        return apps[0].tasks[name].run(*args)
+
+    @app.task(base=base, name="late", shared=False)
+    def task(name: str, *args: Any) -> Any:
+        return late(name, *args)
 
 
 def note(event: str, *facts: Any) -> None:

@@ -1,0 +1,1 @@
+"""Sessions: the next task never inherits a broken transaction or a dead connection."""

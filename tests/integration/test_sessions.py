@@ -1,0 +1,277 @@
+"""The next task never inherits a broken transaction or a dead connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from session_fleets import (
+    BothMaker,
+    Databases,
+    names,
+    outcome,
+    rows,
+)
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite", "mariadb"])
+@pytest.mark.parametrize("flushes", [True, False])
+def test_a_failed_tasks_row_is_never_saved(
+    both_of: BothMaker, database: Databases, kind: str, flushes: bool
+) -> None:
+    """The next task's commit saves its own row; of plain Celery, the ghost too."""
+    both = both_of(lambda: database(kind))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "s.add_and_fail", "ghost", flushes)
+        outcome(fleet, "s.save", "mine")
+
+        assert names(url) == (["ghost", "mine"] if is_plain else ["mine"])
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_a_swallowed_error_poisons_nobody(
+    both_of: BothMaker, database: Databases, kind: str
+) -> None:
+    """Twenty tasks after it are right; of plain Celery, none."""
+    both = both_of(lambda: database(kind))
+
+    for is_plain in (False, True):
+        fleet, worker, url = both(is_plain=is_plain)
+        outcome(fleet, "s.save", "one")
+        outcome(fleet, "s.swallow", "one")
+        results = [outcome(fleet, "s.save", f"later {n}") for n in range(20)]
+
+        assert fleet.notes("swallowed")
+        failures = [r for r in results if isinstance(r, Exception)]
+        assert len(failures) == (20 if is_plain else 0), failures[:1]
+        assert len(names(url)) == (1 if is_plain else 21)
+        assert ("left behind: open transaction" in worker.text) is not is_plain
+
+
+@pytest.mark.parametrize(
+    ("change", "ask", "clean", "kind"),
+    [
+        ("SET statement_timeout = '77s'", "SHOW statement_timeout", "0", "SET"),
+        (
+            "SELECT pg_advisory_lock(7)",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
+            0,
+            "advisory lock",
+        ),
+        (
+            "CREATE TEMPORARY TABLE of_mine (id int)",
+            "SELECT to_regclass('of_mine') IS NOT NULL",
+            False,
+            "temporary table",
+        ),
+        (
+            "LISTEN somebody",
+            "SELECT count(*) FROM pg_listening_channels()",
+            0,
+            "LISTEN",
+        ),
+    ],
+)
+def test_a_servers_session_is_as_new_for_the_next_task(
+    both_of: BothMaker,
+    database: Databases,
+    change: str,
+    ask: str,
+    clean: Any,
+    kind: str,
+) -> None:
+    """What a task has set is undone when it ends, and told of with its name."""
+    both = both_of(lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, worker, _ = both(is_plain=is_plain)
+        outcome(fleet, "s.changes", change)
+        found = outcome(fleet, "s.asks", ask)
+
+        assert (found == clean) is not is_plain
+        told = [line for line in worker.text.splitlines() if "left behind" in line]
+        if not is_plain:
+            assert len(told) == 1
+            assert "WARNING" in told[0]
+            assert "task s.changes[" in told[0]
+            assert kind in told[0]
+            assert "session_tasks.py:" in told[0]
+
+
+def test_strict_fails_the_leaker_and_nobody_else(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """Its row is not saved; the task after it is right."""
+    both = both_of(lambda: database("postgresql"), resilience_sessions="strict")
+
+    fleet, _, url = both()
+    leaker = outcome(fleet, "s.add_and_return", "left")
+    after = outcome(fleet, "s.save", "mine")
+
+    assert type(leaker).__name__ == "LeftBehind"
+    assert "open transaction" in str(leaker)
+    assert isinstance(after, int)
+    assert names(url) == ["mine"]
+
+
+def test_off_is_plain_celery(both_of: BothMaker, database: Databases) -> None:
+    """The ghost is saved, as it is without us."""
+    both = both_of(lambda: database("sqlite"), resilience_sessions="off")
+
+    fleet, _, url = both()
+    outcome(fleet, "s.add_and_fail", "ghost", True)
+    outcome(fleet, "s.save", "mine")
+
+    assert names(url) == ["ghost", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "concurrency"), [("threads", 2), ("gevent", 4), ("solo", 1)]
+)
+def test_every_pool_is_clean(
+    both_of: BothMaker, database: Databases, pool: str, concurrency: int
+) -> None:
+    """Ghosts, swallowed errors and open transactions; each thread has its own."""
+    both = both_of(
+        lambda: database("postgresql"),
+        pool=pool,
+        concurrency=concurrency,
+        fleet_engine={"pool_size": 2, "max_overflow": 0, "pool_timeout": 5},
+    )
+
+    fleet, _, url = both()
+    outcome(fleet, "s.save", "one")
+    sent = [fleet.send("s.add_and_fail", f"ghost {n}", True) for n in range(4)]
+    sent += [fleet.send("s.swallow", "one") for _ in range(4)]
+    sent += [fleet.send("s.names") for _ in range(8)]
+    for one in sent:
+        one.get(timeout=30, propagate=False)
+    saved = [fleet.send("s.save", f"mine {n}") for n in range(8)]
+    results = [one.get(timeout=30, propagate=False) for one in saved]
+
+    assert not [one for one in results if isinstance(one, Exception)], results
+    assert set(names(url)) == {"one", *(f"mine {n}" for n in range(8))}
+    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    assert not rows(url, open_ones)
+
+
+def test_a_connection_that_is_not_returned_is_told_of(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """With where it was taken."""
+    both = both_of(lambda: database("postgresql"))
+
+    fleet, worker, url = both()
+    outcome(fleet, "s.raw_left")
+
+    (told,) = [line for line in worker.text.splitlines() if "left behind" in line]
+    assert "open transaction" in told
+    assert "session_tasks.py:" in told
+    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    assert not rows(url, open_ones)
+
+
+def test_another_thread_of_the_task_is_left_alone(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """It has its own session, which it ends itself."""
+    both = both_of(lambda: database("postgresql"))
+
+    fleet, _, url = both()
+    found = outcome(fleet, "s.thread", "of a thread")
+
+    assert found is None
+    assert names(url) == ["of a thread"]
+
+
+def test_a_body_may_be_the_first_to_import_sqlalchemy(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """What it leaves is undone all the same."""
+    both = both_of(lambda: database("postgresql"), fleet_is_late=True)
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "late", "s.add_and_fail", "ghost", True)
+        outcome(fleet, "late", "s.save", "mine")
+
+        assert (names(url) == ["mine"]) is not is_plain
+
+
+def test_a_transaction_is_closed_before_its_result_is_there(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """Whoever has the result finds nobody idle in a transaction."""
+    waits = "SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"
+    both = both_of(lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        for _ in range(5):
+            assert outcome(fleet, "s.names") == []
+            mine = f"{waits} AND datname = '{url.rpartition('/')[2]}'"
+            assert bool(rows(url, mine)) is is_plain
+
+
+def test_what_a_task_returns_may_read_from_its_session(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """The result is stored after the body: its objects are as in plain Celery."""
+    both = both_of(lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        assert outcome(fleet, "s.returns_row", "expired") == "expired"
+        assert outcome(fleet, "s.returns_read", "expired") == "expired"
+        if not is_plain:
+            assert isinstance(outcome(fleet, "s.save", "next"), int)
+            assert names(url) == ["expired", "next"]
+
+
+def test_a_failed_task_is_rolled_back_before_its_on_failure(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """What that saves is saved, without the half of the body."""
+    both = both_of(lambda: database("postgresql"))
+
+    for is_plain in (False, True):
+        fleet, _, url = both(is_plain=is_plain)
+        outcome(fleet, "s.handled", "half")
+        outcome(fleet, "s.names")
+
+        assert names(url) == (["half", "failed: no"] if is_plain else ["failed: no"])
+
+
+def test_what_a_task_and_a_child_open_is_closed_in_time(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """A run's when its body has ended, a child's when the child ends."""
+    both = both_of(lambda: database("sqlite"))
+
+    fleet, worker, _ = both()
+    for _ in range(2):
+        outcome(fleet, "s.resources")
+    worker.stop()
+
+    (child,) = {pid for event, pid in fleet.notes() if event == "body"}
+    each = ["open task", "open child", "body", "close task"]
+    assert fleet.notes() == [
+        *([event, child] for event in each),
+        *([event, child] for event in each if event != "open child"),
+        ["close child", child],
+    ]
+
+
+def test_a_task_within_a_task_leaves_its_callers_session_alone(
+    both_of: BothMaker, database: Databases
+) -> None:
+    """Applied or called: the outermost one's end is the end."""
+    both = both_of(lambda: database("postgresql"))
+
+    fleet, worker, url = both()
+    outcome(fleet, "s.nests", "mine")
+
+    assert names(url) == ["mine", "mine, applied", "mine, called"]
+    assert "left behind" not in worker.text
