@@ -30,6 +30,12 @@ KILLED_ONCE: Mapping[str, frozenset[int]] = {
 #: Lines whose customer clicks twice: the messages of the order are sent twice.
 CLICKED_TWICE = frozenset({29, 83, 148, 226, 311, 407, 452, 539, 718, 855, 968, 1101})
 
+#: Lines of whose labels the printer writes two.
+LABELLED_TWICE = frozenset({120, 260, 405, 550, 720, 930})
+
+#: The line at which its import meets a deploy: the process group has a TERM.
+DEPLOYED_AT = 451
+
 #: The line that kills every child that looks at it.
 POISON = 690
 
@@ -40,7 +46,9 @@ HANGING = frozenset({695, 762, 831, 900})
 BLINKS_EVERY = 17
 
 #: Lines that meet a misfortune; the file has no fault there.
-STRUCK = (frozenset({POISON}) | HANGING | CLICKED_TWICE).union(*KILLED_ONCE.values())
+STRUCK = (
+    frozenset({POISON, DEPLOYED_AT}) | HANGING | CLICKED_TWICE | LABELLED_TWICE
+).union(*KILLED_ONCE.values())
 
 
 def blinks(line_no: int) -> bool:
@@ -62,6 +70,19 @@ class Misfortunes:
     def clicks(self, line_no: int) -> int:
         """How often the customer of a line sends the order."""
         return 2 if self._folder is not None and line_no in CLICKED_TWICE else 1
+
+    def labels(self, line_no: int) -> int:
+        """How many labels the printer writes for a line."""
+        return 2 if self._folder is not None and line_no in LABELLED_TWICE else 1
+
+    def deploy(self, line_no: int) -> None:
+        """Stop the worker as a supervisor does that stops its whole group, once."""
+        if self._folder is None or line_no != DEPLOYED_AT:
+            return
+        deployed = self._folder.parent / "deployed"
+        if not deployed.exists():
+            deployed.touch()
+            os.killpg(os.getpgrp(), signal.SIGTERM)
 
     def strike(self, step: str, line_no: int) -> None:
         """

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
@@ -90,9 +90,8 @@ def tell(
                 _day(plain_shop, partial(on_progress, "plain Celery")),
                 _day(shop, partial(on_progress, "celery-resilience")),
             )
-        plain = day_of(plain_shop.tally, kept=(), killed=len(plain_shop.killed()))
-        kept = map(line_of, shop.failed())
-        resilient = day_of(shop.tally, kept=kept, killed=len(shop.killed()))
+        plain = _count_day(plain_shop, kept=())
+        resilient = _count_day(shop, kept=map(line_of, shop.failed()))
 
         page.chapter("In the evening")
         page.comparison(plain, resilient)
@@ -118,6 +117,15 @@ def _day(shop: OpenShop, on_progress: OnProgress) -> Iterator[None]:
             on_progress(name, len(shop.tally.counts[Effect.SHIPPED]))
             yield
     on_progress("closed", len(shop.tally.counts[Effect.SHIPPED]))
+
+
+def _count_day(shop: OpenShop, *, kept: Iterable[int]) -> Day:
+    return day_of(
+        shop.tally,
+        kept=kept,
+        killed=len(shop.killed()),
+        largest_mib=shop.largest_mib,
+    )
 
 
 def _together(*days: Iterator[None]) -> None:

@@ -31,6 +31,7 @@ class Day:
         mailed_twice: Customers who have two apologies for one order.
         unearned_cents: Money that was taken, and no parcel was sent for it.
         killed: Children that were killed.
+        largest_mib: The largest that a child of the worker was seen.
     """
 
     shipped: int
@@ -42,6 +43,7 @@ class Day:
     mailed_twice: int
     unearned_cents: int
     killed: int
+    largest_mib: int
 
     @property
     def lost(self) -> int:
@@ -49,7 +51,7 @@ class Day:
         return self.paid_only + self.unpaid + self.gone
 
 
-def day_of(tally: Tally, *, kept: Iterable[int], killed: int) -> Day:
+def day_of(tally: Tally, *, kept: Iterable[int], killed: int, largest_mib: int) -> Day:
     """
     Count a day.
 
@@ -57,6 +59,7 @@ def day_of(tally: Tally, *, kept: Iterable[int], killed: int) -> Day:
         tally: From the ledger.
         kept: Lines with a failed task that can be run again.
         killed: Children that were killed.
+        largest_mib: Of a child of the worker.
     """
     safe = set(kept)
     accepted, charged, shipped = map(
@@ -72,6 +75,7 @@ def day_of(tally: Tally, *, kept: Iterable[int], killed: int) -> Day:
         mailed_twice=tally.twice(Effect.APOLOGISED),
         unearned_cents=tally.cents[Effect.CHARGED] - tally.cents[Effect.SHIPPED],
         killed=killed,
+        largest_mib=largest_mib,
     )
 
 

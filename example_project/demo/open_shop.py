@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.request import Request, urlopen
 
+import psutil  # type: ignore[import-untyped]
 from kombu import Connection
 
 from example_project import chaos
@@ -31,6 +32,9 @@ FAILED_COMMAND = (
     *(sys.executable, "-m", "celery", "-A", "example_project.shop"),
     "failed",
 )
+
+#: A child that has grown by so much is recycled.
+RESILIENT_FLAGS = ("--memory-recycle-mib", "48")
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
@@ -99,6 +103,7 @@ class OpenShop:
         for name in ("queue", "exchanges", "deaths"):
             (folder / name).mkdir(parents=True)
         self.tally = Tally(folder / "ledger.jsonl")
+        self.largest_mib = 0
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +158,7 @@ class OpenShop:
                 *("celery", "-A", "example_project.shop", "worker"),
                 *("--concurrency", str(CHILDREN), "--loglevel", "INFO"),
                 *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+                *(RESILIENT_FLAGS if self.kind == "resilient" else ()),
                 stdout=log,
                 stderr=log,
             )
@@ -214,9 +220,25 @@ class OpenShop:
         while time.monotonic() - quiet_since < QUIET_S:
             yield
             self.tally.read()
+            self._weigh()
+            if self._is_deployed():
+                self.start_worker()
             now = self.log.stat().st_size
             if now != size:
                 quiet_since, size = time.monotonic(), now
+
+    def _is_deployed(self) -> bool:
+        """The worker was stopped from outside, and has ended."""
+        return self._worker is not None and self._worker.poll() is not None
+
+    def _weigh(self) -> None:
+        """Look how much memory the worker's children have."""
+        if self._worker is None or self._is_deployed():
+            return
+        for child in psutil.Process(self._worker.pid).children():
+            with contextlib.suppress(psutil.Error):
+                mib = child.memory_info().rss >> 20
+                self.largest_mib = max(self.largest_mib, mib)
 
     def run(self, *words: str) -> None:
         """

@@ -43,8 +43,10 @@ class Page:
                 "hangs and blinks,\nand goes down for a while. Customers click twice. "
                 "Children are killed in the middle of\nthe day, some when the bank has "
                 "just taken the money; and one order kills every child\nthat looks at "
-                "it. Once with plain Celery, once with [b]base=ResilientTask[/b], where "
-                "the\ncharge has a key.",
+                "it. Tasks leak, and break the session that they share; and a deploy "
+                "comes in the middle\nof an import. Once with plain Celery, once with "
+                "[b]base=ResilientTask[/b], where the charge has\na key and the import "
+                "is a stream.",
                 title="[b]One bad day at the shop, twice[/b]",
                 title_align="left",
                 padding=(1, 2),
@@ -110,6 +112,7 @@ class Page:
             ("DOUBLED: customers mailed twice", "mailed_twice", True),
             ("UNEARNED: money taken for no parcel", "unearned_cents", True),
             ("kept, to be looked at and run again", "kept", False),
+            ("largest child, which leaks, in MiB", "largest_mib", False),
         ]
         for title, name, is_bad in rows:
             write = _money if name.endswith("_cents") else _count

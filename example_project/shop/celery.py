@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from celery import Celery
+from celery import Celery, signals
 from django.conf import settings
 
 from celery_resilience import Resilience
@@ -15,6 +15,15 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example_project.shop.settings")
 app = Celery("shop")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
+
+
+@signals.worker_init.connect(weak=False)
+def open_books(**_: object) -> None:
+    """Before the pool forks, so that children inherit a live connection."""
+    from example_project.shop import labels
+
+    labels.open_book()
+
 
 if settings.SHOP_IS_RESILIENT:
     Resilience(app)

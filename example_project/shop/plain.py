@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import celery
+
+Item = TypeVar("Item")
 
 
 class Keyless:
     """What a body may ask of celery-resilience where that is not there."""
 
     key = None
+
+    @staticmethod
+    def stream(items: Iterable[Item], **_: Any) -> Iterable[Item]:
+        """All of them, from the start in each run."""
+        return items
 
 
 class Task(celery.Task):  # type: ignore[type-arg]

@@ -53,6 +53,7 @@ if SHOP_DATABASE_URL:
         }
     }
     SHOP_REPORTS_URL = _url._replace(scheme="postgresql+psycopg").geturl()
+    SHOP_REPORTS_OPTIONS = {}
     CELERY_RESILIENCE_STORE_URL = SHOP_REPORTS_URL
 else:
     DATABASES = {
@@ -70,6 +71,7 @@ else:
     }
     CELERY_DB_REUSE_MAX = 1_000  # else Celery closes Django's connection each time
     SHOP_REPORTS_URL = f"sqlite:///{SHOP_FOLDER}/reports.sqlite3"
+    SHOP_REPORTS_OPTIONS = {"connect_args": {"timeout": 20}}
     CELERY_RESILIENCE_STORE_URL = f"sqlite:///{SHOP_FOLDER}/failed.sqlite3"
 
 # --- Celery: the same for both runs ---------------------------------------------

@@ -13,7 +13,15 @@ import celery_resilience
 from example_project import ledger
 from example_project.chaos import Misfortunes
 from example_project.ledger import Effect
-from example_project.shop import bank, csv_lines, enrichment, plain, reporting
+from example_project.shop import (
+    bank,
+    csv_lines,
+    enrichment,
+    labels,
+    plain,
+    receipts,
+    reporting,
+)
 from example_project.shop.celery import app
 from example_project.shop.models import Order, Payment, Shipment
 
@@ -26,11 +34,12 @@ else:
 misfortunes = Misfortunes(settings.SHOP_MISFORTUNES)
 
 
-@app.task(base=Base)
-def import_orders(first: int, last: int) -> None:
+@app.task(base=Base, bind=True)
+def import_orders(self: Any, first: int, last: int) -> None:
     """Send every order of these lines of the file on its way."""
     lines = settings.SHOP_ORDERS_CSV.read_bytes().splitlines()
-    for line_no in range(first, last + 1):
+    for line_no in self.resilience.stream(range(first, last + 1), size=20):
+        misfortunes.deploy(line_no)
         for _ in range(misfortunes.clicks(line_no)):
             order = chain(
                 enrich.s(line_no, lines[line_no - 1]).set(task_id=f"line-{line_no}"),
@@ -91,6 +100,7 @@ def charge(self: Any, line_no: int) -> int:
         key=self.resilience.key,
     )
     misfortunes.strike("taken", line_no)
+    receipts.keep(line_no)
     with transaction.atomic():
         if once(connection, f"payment:{line_no}"):
             Payment.objects.create(order=order, amount_cents=order.amount_cents)
@@ -103,6 +113,7 @@ def ship(line_no: int) -> int:
     """Hand the parcel over."""
     misfortunes.strike("ship", line_no)
     order = Order.objects.get(pk=line_no)
+    labels.write(line_no, copies=misfortunes.labels(line_no))
     with transaction.atomic():
         _, is_new = Shipment.objects.get_or_create(
             order=order, defaults={"zone": order.zone}
