@@ -20,6 +20,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, close_all_sessions
 from sqlalchemy.pool import NullPool, Pool
 
+from celery_resilience.own_connections import MARK
 from celery_resilience.sessions import drivers
 from celery_resilience.sessions.policy import (
     NO_EFFECT,
@@ -165,6 +166,8 @@ def _running_loop() -> Any:
 
 def _on_checkout(driver: Any, record: Any, fairy: Any) -> None:
     info = record.info
+    if MARK in info:
+        return
     if info.get(OWNER, _first_owner) != _owner and not _is_in_memory(driver):
         _leave_to_parent(record, fairy)
         raise DisconnectionError("this connection is a parent process's")
@@ -250,6 +253,8 @@ def _on_statement(cursor: Any, statement: str, *parameters_and_context: Any) -> 
             info = connection.info
         except NotImplementedError:
             return  # SQLAlchemy's own, which looks at a new server
+        if MARK in info:
+            return
         _prune(notes.connections)
         notes.connections[id(connection)] = Begun(connection, "")
         taken = notes.taken.get(id(info))

@@ -23,6 +23,7 @@ from sqlalchemy import (
     String,
     Table,
     create_engine,
+    event,
     inspect,
     select,
 )
@@ -31,6 +32,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import ColumnElement
 
+from celery_resilience import own_connections
 from celery_resilience.errors import (
     MissingExtra,
     SchemaMismatch,
@@ -276,6 +278,7 @@ class SqlDatabase:
                 raise MissingExtra(f"{self._shown()} needs {library}") from exc
             raise MissingExtra.of(library, self._dialect.extra, self._shown()) from exc
         self._dialect.prepare(engine)
+        event.listen(engine, "connect", own_connections.mark)
         return engine
 
     def _version_of(self, room: str) -> int | None:

@@ -53,6 +53,10 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
             engine.dispose()
         return count
 
+    def stream_numbers(self: Any, count: int) -> int:
+        return sum(1 for _ in self.resilience.stream(range(count), size=10))
+
+    app.task(base=base, bind=True, shared=False, name="stream_numbers")(stream_numbers)
     app.task(
         base=base,
         bind=True,

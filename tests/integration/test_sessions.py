@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from conftest import FleetMaker
+from polling import eventually
 from session_fleets import (
     BothMaker,
     Databases,
@@ -171,6 +173,25 @@ def test_a_connection_that_is_not_returned_is_told_of(
     assert "session_tasks.py:" in told
     open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
     assert not rows(url, open_ones)
+
+
+@pytest.mark.parametrize("store", ["postgresql", "mariadb", "sqlite"])
+def test_the_stores_own_connections_are_no_tasks(
+    make_fleet: FleetMaker, store: str
+) -> None:
+    """They are asked around a body, and kept; a body may be asked for places too."""
+    fleet = make_fleet("redis", store=store, resilience_sessions="strict")
+    if store == "sqlite":
+        fleet.conf["resilience_store_url"] = f"sqlite:///{fleet.folder}/store.sqlite3"
+    worker = fleet.worker(concurrency=1)
+
+    results = [fleet.send("charge", order) for order in range(4)]
+    results.append(fleet.send("stream_numbers", 100))
+
+    for result in results:
+        eventually(result.ready, within_s=30)
+        assert result.state == "SUCCESS", worker.text[-3000:]
+    assert "left behind" not in worker.text
 
 
 def test_another_thread_of_the_task_is_left_alone(
