@@ -218,6 +218,9 @@ class WorkerSetup:
 
     def watch_memory(self) -> MemorySetup:
         """What looks at the memory of this worker's processes."""
+        # Registers what answers `celery inspect`, in a worker without the command too.
+        import celery_resilience.memory.command  # noqa: F401
+
         installation = self.installation
         tasks = resilient_tasks(installation)
         eyes, container = find_eyes(), find_container()

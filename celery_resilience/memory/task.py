@@ -320,6 +320,8 @@ class MemoryAround:
         """Say once that nobody looks at this process's memory any more."""
         logger.exception("memory of process %d is not measured any more", os.getpid())
         self._is_child, self.reader, self._limit_kib = False, None, 0
+        if self.lift is not None:
+            self.lift()
 
 
 def exceeded(

@@ -193,6 +193,21 @@ def test_an_eye_that_fails_is_closed(
     assert caplog.text.count("not measured any more") == 1
 
 
+def test_an_eye_that_fails_leaves_no_limit_behind(slots: Slots) -> None:
+    """Nobody would lift it any more."""
+    child, before = Child(slots, RunLimits(100, 0, {})), soft_limit()
+    child.around.before(Named("leak"), None)
+    child.eye.is_blind = True
+    child.around.after(Named("leak"), None, None)
+    assert soft_limit() == before
+
+    child = Child(slots, RunLimits(100, 0, {}))
+    child.around.cells = memoryview(bytearray())  # fails where it is written
+    child.around.before(Named("leak"), None)
+    child.around.after(Named("leak"), None, None)
+    assert soft_limit() == before
+
+
 def test_a_process_that_is_no_child_tells_nothing(slots: Slots) -> None:
     """There, a run's growth may be another's; only what lasts is looked at."""
     eye, now = Eye(), [0.0]

@@ -223,6 +223,10 @@ def test_in_a_full_container_the_largest_run_goes(tmp_path: Path) -> None:
     del pool.own_kib[101]
     pool.look(IDLE_LOOK_S)
     assert [pid for pid, _ in pool.ended] == [101, 100]
+    pool.own_kib[100] = 0  # a zombie
+    pool.look(IDLE_LOOK_S)
+    pool.look(2 * GONE_WITHIN_S)
+    assert len(pool.ended) == 2
 
 
 def test_a_child_that_does_not_go_is_not_waited_for(tmp_path: Path) -> None:
