@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -455,3 +457,20 @@ def test_this_processs_memory_is_read() -> None:
         assert own_kib_of(0) is None
     finally:
         eye.close()
+
+
+def test_a_peak_from_before_an_exec_is_no_ones() -> None:
+    """The kernel keeps that of the program that a spawned child was."""
+    look = (
+        "from celery_resilience.memory.proc import ProcMemory\n"
+        "print(ProcMemory().peak_kib())"
+    )
+    source = (
+        "import os, sys\n"
+        "held = bytearray(b'x') * (200 << 20)\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {look!r}])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == "None"
