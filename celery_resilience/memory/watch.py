@@ -90,8 +90,8 @@ class MemoryWatch:
             Seconds until the next look.
         """
         fullest = 0.0
-        for place, slot in enumerate(self.slots.used()):
-            seen = self._seen.setdefault(place, _Seen(recycled=0))
+        for place, slot in self.slots.places():
+            seen = self._seen.setdefault(place, _Seen())
             self._tell_recycled(slot, seen)
             if slot[s.LIMIT]:
                 fullest = max(fullest, self._look_at_run(slot, seen, hands))

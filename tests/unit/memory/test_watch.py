@@ -180,6 +180,18 @@ def test_each_recycle_is_told_once(events: list[Any]) -> None:
     assert events == [("recycled", facts)] * 2
 
 
+def test_a_child_that_starts_is_not_taken_for_its_neighbour(events: list[Any]) -> None:
+    """Its slot is nobody's for a moment."""
+    pool = Pool()
+    first = pool.child(0, own_mib=10)
+    pool.child(1, own_mib=10)[s.RECYCLED] = 1
+    pool.look()
+    first[s.PID] = 0
+    pool.look()
+
+    assert len(events) == 1
+
+
 # --- the container ---------------------------------------------------------------------------
 
 
