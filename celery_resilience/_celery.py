@@ -762,12 +762,6 @@ def end_child(pool: Any, pid: int) -> None:
     pool.terminate_job(pid, signal.SIGKILL)
 
 
-def stop_warm(exit_code: int) -> None:
-    """Let this worker finish what runs, and exit (``worker/state.py:141``, Celery 5.7)."""
-    if state.should_stop in (None, False):
-        state.should_stop = exit_code
-
-
 def unblocked_timer(consumer: Any) -> Any:
     """
     A timer that fires while tasks run and while the pool is joined.

@@ -215,8 +215,8 @@ class WorkerSetup:
             is_ending=_is_ending,
             around=(
                 installation.streams,
-                memory.around,
                 *rooms_around(installation, worker.pool_cls),
+                memory.around,
             ),
             give_way=memory.around.lift,
         )
@@ -261,6 +261,9 @@ class WorkerSetup:
 
     def watch_memory(self) -> MemorySetup:
         """What looks at the memory of this worker's processes."""
+        # Registers what answers `celery inspect`, in a worker without the command too.
+        import celery_resilience.memory.command  # noqa: F401
+
         installation = self.installation
         tasks = resilient_tasks(installation)
         eyes, container = find_eyes(), find_container()
@@ -500,8 +503,8 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         is_ending=_is_ending,
         around=(
             installation.streams,
-            memory,
             *rooms_around(installation, "prefork"),
+            memory,
         ),
         give_way=memory.lift,
     )

@@ -127,7 +127,6 @@ class MemoryStep(bootsteps.StartStopStep):
                 EXIT_OVER_LIMIT,
             )
             emit("memory.worker_over_limit", growth_mib=growth_mib, limit_mib=limit_mib)
-            _celery.stop_warm(EXIT_OVER_LIMIT)
         return IDLE_LOOK_S
 
     def stop(self, consumer: Any) -> None:

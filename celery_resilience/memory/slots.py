@@ -118,12 +118,17 @@ class Slots:
             self.cells[HIGHEST] = max(self.cells[HIGHEST], place + 1)
         return slot
 
-    def used(self) -> Iterator[memoryview[int]]:
-        """The slots that a child has ever had."""
+    def places(self) -> Iterator[tuple[int, memoryview[int]]]:
+        """The slots that a child has, by its place; not one that is being opened."""
         for place in range(self.cells[HIGHEST]):
             slot = self.slot(place)
             if slot is not None and slot[PID]:
-                yield slot
+                yield place, slot
+
+    def used(self) -> Iterator[memoryview[int]]:
+        """The slots of `places`."""
+        for _, slot in self.places():
+            yield slot
 
     def by_task(self) -> list[TaskMemory]:
         """The tasks that have run, those that grew most first."""

@@ -115,7 +115,6 @@ class MemoryAround:
         self.reader: ReadsMemory | None = None
         self.cells: memoryview[int] = memoryview(bytearray(8 * s.SLOT)).cast("q")
         self._is_child = False
-        self._in_body = False
         self._limit_kib = 0
         self._hears = False
         self.usage = Usage(0, 0, 0)
@@ -205,7 +204,6 @@ class MemoryAround:
         """
         if self.reader is None:
             return
-        self._in_body = False
         limit_kib, self._limit_kib = self._limit_kib, 0
         if limit_kib and self.lift is not None:
             self.lift()
@@ -233,12 +231,12 @@ class MemoryAround:
         cells[RUNNING] = row + 1
         reader.forget_peak()
         if limit_kib:
-            self._limit_kib = limit_kib
             self._hear()
             cells[s.LIMIT] = limit_kib
             if self.lift is not None:
                 self._deny_above(self.usage.data_kib + limit_kib)
-        self._in_body = True
+            # Last: from here on a signal raises.
+            self._limit_kib = limit_kib
 
     def _tell(self, name: str) -> tuple[int, int]:
         """The row and the limit of a task, which stay the same."""
@@ -306,7 +304,7 @@ class MemoryAround:
             MemoryLimitExceeded: Within the body, which may clean up.
         """
         limit_kib, reader = self._limit_kib, self.reader
-        if not self._in_body or not limit_kib or reader is None:
+        if not limit_kib or reader is None:
             return  # it has just ended
         used_kib = reader.read().own_kib - self.cells[s.OWN]
         name = "" if self.slots is None else self._name()
@@ -320,6 +318,8 @@ class MemoryAround:
         """Say once that nobody looks at this process's memory any more."""
         logger.exception("memory of process %d is not measured any more", os.getpid())
         self._is_child, self.reader, self._limit_kib = False, None, 0
+        if self.lift is not None:
+            self.lift()
 
 
 def exceeded(

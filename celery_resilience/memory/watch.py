@@ -90,8 +90,8 @@ class MemoryWatch:
             Seconds until the next look.
         """
         fullest = 0.0
-        for place, slot in enumerate(self.slots.used()):
-            seen = self._seen.setdefault(place, _Seen(recycled=0))
+        for place, slot in self.slots.places():
+            seen = self._seen.setdefault(place, _Seen())
             self._tell_recycled(slot, seen)
             if slot[s.LIMIT]:
                 fullest = max(fullest, self._look_at_run(slot, seen, hands))
@@ -193,7 +193,9 @@ class MemoryWatch:
             if self.own_kib_of(pid) is not None and now - since < GONE_WITHIN_S:
                 return
         running = [slot for slot in self.slots.used() if slot[s.RUNNING]]
-        sizes = [(self.own_kib_of(slot[s.PID]) or 0, slot) for slot in running]
+        # One that is dead has a slot until its successor takes it.
+        looked_at = [(self.own_kib_of(slot[s.PID]), slot) for slot in running]
+        sizes = [(own_kib, slot) for own_kib, slot in looked_at if own_kib]
         if not sizes:
             return
         own_kib, slot = max(sizes, key=lambda size: size[0])

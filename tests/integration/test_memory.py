@@ -114,8 +114,11 @@ def test_a_pool_without_children_ends_with_its_own_code(
     make_fleet: FleetMaker, pool: str
 ) -> None:
     """The worker finishes what runs, and its supervisor starts it again."""
-    fleet = make_fleet("redis", resilience_memory_recycle_mib=30)
+    fleet = make_fleet(
+        "redis", resilience_memory_recycle_mib=30, resilience_memory_limit_mib=10
+    )
     worker = fleet.worker(pool=pool, concurrency=1)
+    assert "memory_limit_mib is for the prefork pool" in worker.text
     spike = fleet.send("spike", 100)
     eventually(lambda: done([spike]))
     sent = [fleet.send("leak", 20) for _ in range(2)]

@@ -59,6 +59,8 @@ def charge(self: ResilientTask, order_id: int, card: str) -> None:
 
 
 NOT_KEPT: TaskOptions = {"failed_queue": False, "max_crashes": None}
+SMALL: TaskOptions = {"memory_limit_mib": "25%"}
+SMALLER: TaskOptions = {"memory_limit_mib": 300}
 
 
 @shared_task(base=ResilientTask, **NOT_KEPT)
@@ -153,6 +155,7 @@ class Wrong(ResilientTask):
 TaskOptions(failed_queue=True)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(redact="card")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(max_crashes="3")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(memory_limit_mib=["25%"])  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(max_crash=3)  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportCallIssue]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -191,6 +193,21 @@ def test_an_eye_that_fails_is_closed(
     child.run("leak")
 
     assert caplog.text.count("not measured any more") == 1
+
+
+def test_an_eye_that_fails_leaves_no_limit_behind(slots: Slots) -> None:
+    """Nobody would lift it any more."""
+    child, before = Child(slots, RunLimits(100, 0, {})), soft_limit()
+    child.around.before(Named("leak"), None)
+    child.eye.is_blind = True
+    child.around.after(Named("leak"), None, None)
+    assert soft_limit() == before
+
+    child = Child(slots, RunLimits(100, 0, {}))
+    child.around.cells = memoryview(bytearray())  # fails where it is written
+    child.around.before(Named("leak"), None)
+    child.around.after(Named("leak"), None, None)
+    assert soft_limit() == before
 
 
 def test_a_process_that_is_no_child_tells_nothing(slots: Slots) -> None:
@@ -440,3 +457,20 @@ def test_this_processs_memory_is_read() -> None:
         assert own_kib_of(0) is None
     finally:
         eye.close()
+
+
+def test_a_peak_from_before_an_exec_is_no_ones() -> None:
+    """The kernel keeps that of the program that a spawned child was."""
+    look = (
+        "from celery_resilience.memory.proc import ProcMemory\n"
+        "print(ProcMemory().peak_kib())"
+    )
+    source = (
+        "import os, sys\n"
+        "held = bytearray(b'x') * (200 << 20)\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {look!r}])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == "None"

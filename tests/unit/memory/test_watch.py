@@ -180,6 +180,18 @@ def test_each_recycle_is_told_once(events: list[Any]) -> None:
     assert events == [("recycled", facts)] * 2
 
 
+def test_a_child_that_starts_is_not_taken_for_its_neighbour(events: list[Any]) -> None:
+    """Its slot is nobody's for a moment."""
+    pool = Pool()
+    first = pool.child(0, own_mib=10)
+    pool.child(1, own_mib=10)[s.RECYCLED] = 1
+    pool.look()
+    first[s.PID] = 0
+    pool.look()
+
+    assert len(events) == 1
+
+
 # --- the container ---------------------------------------------------------------------------
 
 
@@ -223,6 +235,10 @@ def test_in_a_full_container_the_largest_run_goes(tmp_path: Path) -> None:
     del pool.own_kib[101]
     pool.look(IDLE_LOOK_S)
     assert [pid for pid, _ in pool.ended] == [101, 100]
+    pool.own_kib[100] = 0  # a zombie
+    pool.look(IDLE_LOOK_S)
+    pool.look(2 * GONE_WITHIN_S)
+    assert len(pool.ended) == 2
 
 
 def test_a_child_that_does_not_go_is_not_waited_for(tmp_path: Path) -> None:

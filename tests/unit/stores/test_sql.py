@@ -937,8 +937,12 @@ def test_threads_that_come_at_once_share_an_engine(
 
 
 @pytest.mark.parametrize("name", ["postgresql+psycopg2", "mysql+mysqldb"])
-def test_another_missing_driver_is_not_promised_by_the_extra(name: str) -> None:
+def test_another_missing_driver_is_not_promised_by_the_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """celery-resilience[postgres] does not bring psycopg2, nor [mysql] mysqlclient."""
+    for library in ("psycopg2", "MySQLdb"):
+        monkeypatch.setitem(sys.modules, library, None)
     database = SqlDatabase(f"{name}://h/db")
 
     with pytest.raises(MissingExtra) as missing:
