@@ -17,7 +17,6 @@ from typing import Any
 
 import billiard
 import billiard.common
-from billiard import connection
 from billiard import pool as billiard_pools
 from billiard.common import TERM_SIGNAL, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -25,7 +24,6 @@ from billiard.pool import DEATH
 from celery import signals, states
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
-from celery.concurrency import asynpool
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
@@ -257,37 +255,6 @@ def on_child_loop(call: Callable[[], None]) -> None:
         started(pid=pid)
 
     worker.on_loop_start = call_and_start
-
-
-def wait_less_for_idle_children(pool: Any) -> None:
-    """
-    Let the event loop's pool end as soon as its last task has.
-
-    Joined, it looks at its children in turn, and sleeps half a second at each that has
-    nothing to say (``concurrency/asynpool.py:495``, Celery 5.7).
-    """
-    if not is_event_loop_prefork(pool):
-        return
-    handler = pool._pool._result_handler
-    flush = handler._flush_outqueue
-
-    def flush_or_look_at_all(
-        fd: int, remove: Any, process_index: Any, on_state_change: Any
-    ) -> Any:
-        process = process_index.get(fd)
-        if process is not None:
-            readers = [p.outq._reader for p in list(process_index.values())]
-            try:
-                if not process.outq._reader.poll(0):
-                    # The others are looked at next.
-                    connection.wait([r for r in readers if not r.closed], 0.1)
-                    if not process.outq._reader.poll(0) and process._is_alive():
-                        return None
-            except OSError:
-                pass
-        return flush(fd, remove, process_index, on_state_change)
-
-    handler._flush_outqueue = flush_or_look_at_all
 
 
 # --- around a task body ------------------------------------------------------------
@@ -686,12 +653,6 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     ),
     "billiard's Worker.on_loop_start(pid)": lambda: _has_parameters(
         billiard_pools.Worker.on_loop_start, "pid"
-    ),
-    "ResultHandler._flush_outqueue(fd, remove, process_index, on_state_change)": (
-        lambda: _has_parameters(
-            asynpool.ResultHandler._flush_outqueue,
-            *("fd", "remove", "process_index", "on_state_change"),
-        )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
         consumers.Consumer.cancel_active_requests
