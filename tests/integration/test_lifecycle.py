@@ -246,6 +246,25 @@ def test_what_has_not_started_is_for_others_at_once(
     assert draining.outcomes()["requeued"] == 5
 
 
+def test_a_job_that_lies_before_a_child_runs_once(make_fleet: FleetMaker) -> None:
+    """It was written to a child that has yet to accept it: no other worker has it."""
+    fleet = make_fleet("redis")
+    worker = fleet.worker(concurrency=1)
+    fleet.send("ok").get(timeout=20)
+    (child,) = worker.children()
+    os.kill(child, signal.SIGSTOP)
+    id = fleet.send("sleep", 0.1).id
+    eventually(lambda: f"{id}] received" in worker.text)
+
+    kill_group(worker, signal.SIGTERM)
+    eventually(lambda: "stopping (SIGTERM)" in worker.text, every_s=0.01)
+    os.kill(child, signal.SIGCONT)
+    assert worker.wait(15) == 0
+    assert fleet.runs(id) == 1
+    fleet.worker("--stop-when-empty").wait()
+    assert fleet.runs(id) == 1
+
+
 # --- probes ----------------------------------------------------------------------------
 
 
