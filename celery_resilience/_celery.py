@@ -6,6 +6,7 @@ self-check (`check_doors`) proves that they are there in the release at hand.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -24,6 +25,7 @@ from billiard.pool import DEATH
 from celery import signals, states
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
+from celery.concurrency import asynpool
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
@@ -490,6 +492,34 @@ def has_yet_to_run(request: Any) -> bool:
     return not (request.acknowledged or request._already_cancelled)
 
 
+def hear_what_is_accepted(
+    pool: Any, *, within_s: float, clock: Callable[[], float]
+) -> None:
+    """
+    Let the event loop's pool hear which written jobs its children have accepted.
+
+    A flush forgets those that it has not heard of (``concurrency/asynpool.py:1085``,
+    Celery 5.7): the child runs them all the same, a second time beside what the broker
+    delivers again, and a pool that is joined waits 30 s for a child whose results
+    nobody reads (``billiard/pool.py:452``).
+    """
+    pool = pool._pool if is_event_loop_prefork(pool) else None
+    if pool is None:
+        return
+    handler, until = pool._result_handler, clock() + within_s
+    processes = pool._fileno_to_outq
+    while clock() < until and any(
+        job._write_to is not None and not (job._accepted or job.ready())
+        for job in list(pool._cache.values())
+    ):
+        for fd, process in list(processes.items()):
+            with contextlib.suppress(OSError):  # a child that has ended
+                if process.outq._reader.poll(0.01):
+                    handler._flush_outqueue(
+                        fd, lambda fd: None, processes, handler.on_state_change
+                    )
+
+
 def is_untouched(request: Any, pool: Any) -> bool:
     """
     Whether no child or thread can run a request, once the pool is flushed.
@@ -653,6 +683,12 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
     ),
     "billiard's Worker.on_loop_start(pid)": lambda: _has_parameters(
         billiard_pools.Worker.on_loop_start, "pid"
+    ),
+    "ResultHandler._flush_outqueue(fd, remove, process_index, on_state_change)": (
+        lambda: _has_parameters(
+            asynpool.ResultHandler._flush_outqueue,
+            *("fd", "remove", "process_index", "on_state_change"),
+        )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
         consumers.Consumer.cancel_active_requests

@@ -258,6 +258,8 @@ def test_a_job_that_lies_before_a_child_runs_once(make_fleet: FleetMaker) -> Non
 
     kill_group(worker, signal.SIGTERM)
     eventually(lambda: "stopping (SIGTERM)" in worker.text, every_s=0.01)
+    # Until the consumer has closed, which may be after a round of the event loop.
+    always(lambda: worker.is_alive, for_s=1.3)
     os.kill(child, signal.SIGCONT)
     assert worker.wait(15) == 0
     assert fleet.runs(id) == 1
