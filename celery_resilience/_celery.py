@@ -6,6 +6,7 @@ self-check (`check_doors`) proves that they are there in the release at hand.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -20,7 +21,6 @@ from typing import Any
 
 import billiard
 import billiard.common
-from billiard import connection
 from billiard import pool as billiard_pools
 from billiard.common import TERM_SIGNAL, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -289,37 +289,6 @@ def on_child_loop(call: Callable[[], None]) -> None:
     worker.on_loop_start = call_and_start
 
 
-def wait_less_for_idle_children(pool: Any) -> None:
-    """
-    Let the event loop's pool end as soon as its last task has.
-
-    Joined, it looks at its children in turn, and sleeps half a second at each that has
-    nothing to say (``concurrency/asynpool.py:495``, Celery 5.7).
-    """
-    if not is_event_loop_prefork(pool):
-        return
-    handler = pool._pool._result_handler
-    flush = handler._flush_outqueue
-
-    def flush_or_look_at_all(
-        fd: int, remove: Any, process_index: Any, on_state_change: Any
-    ) -> Any:
-        process = process_index.get(fd)
-        if process is not None:
-            readers = [p.outq._reader for p in list(process_index.values())]
-            try:
-                if not process.outq._reader.poll(0):
-                    # The others are looked at next.
-                    connection.wait([r for r in readers if not r.closed], 0.1)
-                    if not process.outq._reader.poll(0) and process._is_alive():
-                        return None
-            except OSError:
-                pass
-        return flush(fd, remove, process_index, on_state_change)
-
-    handler._flush_outqueue = flush_or_look_at_all
-
-
 # --- around a task body ------------------------------------------------------------
 
 
@@ -582,6 +551,34 @@ def running_requests() -> set[Any]:
 def has_yet_to_run(request: Any) -> bool:
     """Whether a request that a pool was given is neither settled nor cancelled."""
     return not (request.acknowledged or request._already_cancelled)
+
+
+def hear_what_is_accepted(
+    pool: Any, *, within_s: float, clock: Callable[[], float]
+) -> None:
+    """
+    Let the event loop's pool hear which written jobs its children have accepted.
+
+    A flush forgets those that it has not heard of (``concurrency/asynpool.py:1085``,
+    Celery 5.7): the child runs them all the same, a second time beside what the broker
+    delivers again, and a pool that is joined waits 30 s for a child whose results
+    nobody reads (``billiard/pool.py:452``).
+    """
+    pool = pool._pool if is_event_loop_prefork(pool) else None
+    if pool is None:
+        return
+    handler, until = pool._result_handler, clock() + within_s
+    processes = pool._fileno_to_outq
+    while clock() < until and any(
+        job._write_to is not None and not (job._accepted or job.ready())
+        for job in list(pool._cache.values())
+    ):
+        for fd, process in list(processes.items()):
+            with contextlib.suppress(OSError):  # a child that has ended
+                if process.outq._reader.poll(0.01):
+                    handler._flush_outqueue(
+                        fd, lambda fd: None, processes, handler.on_state_change
+                    )
 
 
 def is_untouched(request: Any, pool: Any) -> bool:

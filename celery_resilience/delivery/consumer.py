@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from kombu.exceptions import ContentDisallowed
 
-from celery_resilience import _kombu_redis
+from celery_resilience import _celery, _kombu_redis
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
 from celery_resilience.delivery.outbox import Outgoing
@@ -34,6 +35,9 @@ logger = logging.getLogger("celery_resilience.delivery")
 
 #: The bodies of larger messages hold the main process up while they are decoded.
 LARGE_BYTES = 256 * 1024
+
+#: Seconds that a child which waits for a job has to accept the one it is written.
+ACCEPTED_WITHIN_S = 2.0
 
 
 if TYPE_CHECKING:
@@ -83,6 +87,12 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
 
     def on_close(self) -> None:
         """Celery drops what has not started; the broker delivers it again."""
+        try:
+            _celery.hear_what_is_accepted(
+                self.pool, within_s=ACCEPTED_WITHIN_S, clock=time.monotonic
+            )
+        except Exception:
+            logger.exception("what was written to a child may run twice")
         keep = self.deliveries.will_run(self)
         self.deliveries.note_untouched(self.pool)
         super().on_close()

@@ -125,7 +125,6 @@ class Lifecycle:
         try:
             if _celery.is_forking(pool):
                 _celery.mean_own_kills(pool, self.flags.mean)
-            _celery.wait_less_for_idle_children(pool)
         except Exception:
             logger.exception("children are ended by SIGKILL, some seconds later")
 

@@ -53,6 +53,7 @@ def charge(self: ResilientTask, order_id: int, card: str) -> None:
     """Celery's options and ours, with the task as its first argument."""
     if not card:
         raise Skip("nothing to charge", result=order_id)
+    assert_type(self.resilience.stopping, bool)
     if self.request.retries:
         raise Snooze(2.5, "the bank is closed")
     raise self.retry(countdown=3)
