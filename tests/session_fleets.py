@@ -14,7 +14,8 @@ Databases = Callable[..., str]
 
 #: Finds what a body was cut off in, and the server goes on with.
 ABANDONED = """SELECT pid FROM pg_stat_activity
-    WHERE state = 'active' AND query LIKE '%abandoned%' AND pid != pg_backend_pid()"""
+    WHERE state = 'active' AND query LIKE '%abandoned%' AND pid != pg_backend_pid()
+    AND datname = current_database()"""
 
 
 def statement(url: str, words: str) -> None:

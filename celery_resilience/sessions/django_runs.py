@@ -293,11 +293,20 @@ def _after_fork() -> None:
 _is_attached = False
 
 
-def attach() -> None:
-    """Hear of each connection of Django's, once in a process."""
+def attach() -> bool:
+    """
+    Hear of each connection of Django's, once in a process.
+
+    Returns:
+        Whether it is heard; not while Django is imported and has no settings yet.
+    """
     global _is_attached
     if _is_attached:
-        return
+        return True
+    from django.conf import settings
+
+    if not settings.configured:
+        return False
     _is_attached = True
     from django.db import connections
     from django.db.backends.signals import connection_created
@@ -309,3 +318,4 @@ def attach() -> None:
         if wrapper.connection is not None:
             _watch(wrapper)
     os.register_at_fork(after_in_child=_after_fork)
+    return True

@@ -70,13 +70,19 @@ _STATES: dict[str, Callable[[Any], DriverState]] = {
 }
 
 
+#: Drivers, by the classes of their connections.
+_libraries: dict[type, str] = {}
+
+
 def library_of(connection: Any) -> str:
     """The driver of a connection, by the name of the package of its class."""
-    for cls in type(connection).__mro__:
-        name = cls.__module__.partition(".")[0]
-        if name in _STATES or name == "MySQLdb":
-            return name
-    return type(connection).__module__.partition(".")[0]
+    kind = type(connection)
+    found = _libraries.get(kind)
+    if found is None:
+        packages = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
+        known = (name for name in packages if name in _STATES or name == "MySQLdb")
+        found = _libraries[kind] = next(known, packages[0])
+    return found
 
 
 def state_of(connection: Any) -> DriverState:

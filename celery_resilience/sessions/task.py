@@ -38,6 +38,7 @@ class Sessions:
         self._sqlalchemy: Any = None
         self._django: Any = None
         self._has_signals = False
+        self._has_failed = False
         self._running = 0
         self.attach()
         os.register_at_fork(before=self.attach)
@@ -49,6 +50,14 @@ class Sessions:
 
     def attach(self) -> None:
         """Listen to the libraries that this process has imported by now."""
+        try:
+            self._attach()
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                logger.exception("a library cannot be listened to (told once)")
+
+    def _attach(self) -> None:
         if self._sqlalchemy is None and SQLALCHEMY in sys.modules:
             from celery_resilience.sessions import sqlalchemy_runs
 
@@ -57,8 +66,8 @@ class Sessions:
         if self._django is None and DJANGO in sys.modules:
             from celery_resilience.sessions import django_runs
 
-            django_runs.attach()
-            self._django = django_runs
+            if django_runs.attach():
+                self._django = django_runs
         if not self._has_signals and (self._sqlalchemy or self._django):
             self._has_signals = True
             signals.task_postrun.connect(

@@ -155,7 +155,8 @@ def test_every_pool_is_clean(
 
     assert not [one for one in results if isinstance(one, Exception)], results
     assert set(names(url)) == {"one", *(f"mine {n}" for n in range(8))}
-    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    open_ones = """SELECT pid FROM pg_stat_activity
+        WHERE state LIKE 'idle in%' AND datname = current_database()"""
     assert not rows(url, open_ones)
 
 
@@ -171,7 +172,8 @@ def test_a_connection_that_is_not_returned_is_told_of(
     (told,) = [line for line in worker.text.splitlines() if "left behind" in line]
     assert "open transaction" in told
     assert "session_tasks.py:" in told
-    open_ones = """SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"""
+    open_ones = """SELECT pid FROM pg_stat_activity
+        WHERE state LIKE 'idle in%' AND datname = current_database()"""
     assert not rows(url, open_ones)
 
 

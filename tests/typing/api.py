@@ -33,6 +33,8 @@ from celery_resilience.idempotency.once import AsyncOnce, Once
 app = Celery("shop")
 resilience = Resilience(app)
 Resilience().init_app(app)
+answers = resilience.resource(bytearray, bytearray.clear, scope="child")
+assert_type(answers(), bytearray)
 assert_type(celery_resilience.__version__, str)
 
 
@@ -176,6 +178,7 @@ def wrong_once(session: Session, engine: Engine) -> None:
 def wrong_calls(order_id: int) -> None:
     """Arguments that every call would refuse."""
     Resilience("shop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    resilience.resource(str, str.strip, scope="thread")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Resilience().init_app()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     FailedTasks()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     FailedTasks(app).replay(dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

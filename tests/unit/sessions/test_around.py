@@ -314,3 +314,36 @@ def test_a_body_that_imports_sqlalchemy_leaves_nothing_either() -> None:
     )
 
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_django_without_settings_is_nobodys_business() -> None:
+    """A library may import it; it is listened to once it has settings."""
+    source = """
+        import django.db
+        from django.conf import settings
+        from types import SimpleNamespace
+        from celery_resilience.sessions.run import current
+        from celery_resilience.sessions.task import Sessions
+
+        room, task = Sessions(), SimpleNamespace(name="shop.ship")
+        room.before(task, SimpleNamespace(id="17"))
+        sqlite = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+        settings.configure(DATABASES={"default": sqlite})
+        django.setup()
+        room.after(task, SimpleNamespace(id="17"), None)
+        room.before(task, SimpleNamespace(id="18"))
+        django.db.transaction.atomic().__enter__()
+        room.after(task, SimpleNamespace(id="18"), None)
+        print(django.db.connection.in_atomic_block)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.stdout == "False\n", done.stderr
+    assert "left behind: atomic left" in done.stderr
+    assert "Traceback" not in done.stderr
