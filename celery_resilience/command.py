@@ -308,7 +308,8 @@ _mib = click.FloatRange(min=1)
     "--child-memory-mib",
     type=_mib,
     metavar="MIB",
-    help="What a child may have: the memory of the whole follows.",
+    help="What a child may have, from which the memory of the whole follows. Else "
+    "resilience_memory_recycle_mib and resilience_memory_limit_mib, if they are MiB.",
 )
 @click.option(
     "--main-memory-mib",

@@ -16,17 +16,16 @@ from celery_resilience._kombu import messages_in
 from celery_resilience.draining import SharedFlags
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
-from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
+from celery_resilience.lifecycle.health import Since
 from celery_resilience.lifecycle.policy import (
     ExitCode,
     StopConditions,
     is_idle_long_enough,
 )
-from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.lifecycle.server import HealthServer
 from celery_resilience.lifecycle.signals import Interrupter, kill
+from celery_resilience.lifecycle.watch import HealthWatch
 from celery_resilience.outcome import Reason, Settlement
-from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.worker")
 
@@ -35,9 +34,6 @@ TICK_S = 1.0
 
 #: Seconds between two looks at the other conditions.
 LOOK_S = 0.25
-
-#: Seconds between two questions to the store.
-STORE_S = 10.0
 
 
 class Lifecycle:
@@ -328,115 +324,6 @@ class Lifecycle:
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)
-
-
-class HealthWatch:
-    """
-    Looks at one worker, in two threads: at its pool, and at its main loop from within.
-
-    Args:
-        lifecycle: Of the worker.
-        waiting_at_gate: How many requests wait to run alone.
-        ask_store: See `Lifecycle`.
-    """
-
-    def __init__(
-        self,
-        lifecycle: Lifecycle,
-        waiting_at_gate: Callable[[], set[Any]],
-        ask_store: Callable[[], None] | None,
-    ) -> None:
-        self._lifecycle = lifecycle
-        self._waiting_at_gate = waiting_at_gate
-        self._ask_store = ask_store
-        self.is_connected = False
-        self._turned_at = time.monotonic()
-        self._stuck, self._waits = Since(), Since()
-        self._stuck_s: float | None = None
-        self._waits_s: float | None = None
-        self._accepted = 0
-        self._store = ""
-
-    def connected(self, consumer: Any) -> None:
-        """The main loop turns from now on."""
-        self._turned_at = time.monotonic()
-        self.is_connected = True
-
-    def tick(self, consumer: Any) -> None:
-        """Every second: in the event loop, or in a thread that asks another loop."""
-        pool = consumer.pool
-        if _celery.is_event_loop_prefork(pool):
-            self._turned()
-        else:
-            consumer.call_soon(self._turned)
-        accepted = _celery.accepted_tasks()
-        try:
-            waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
-        except RuntimeError:
-            waiting = set()  # they change, so that something goes on
-        is_free = _celery.running_tasks() < pool.num_processes
-        waits = bool(waiting) and is_free and accepted == self._accepted
-        self._accepted = accepted
-        self._waits_s = self._waits.look(waits, time.monotonic())
-
-    def _turned(self) -> None:
-        self._turned_at = time.monotonic()
-
-    def run(self) -> None:
-        """Look at the children every second, and ask the store now and then."""
-        asked_at = -STORE_S
-        pool = self._lifecycle.worker.pool
-        ended = self._lifecycle.drain.has_ended
-        while not ended.wait(TICK_S):
-            pids = _celery.children_of(pool)
-            is_stuck = bool(pids) and not any(map(can_answer, pids))
-            now = time.monotonic()
-            self._stuck_s = self._stuck.look(is_stuck, now)
-            if self._ask_store is not None and now - asked_at >= STORE_S:
-                asked_at = now
-                self._look_at_store(self._ask_store)
-
-    def _look_at_store(self, ask: Callable[[], None]) -> None:
-        try:
-            ask()
-            self._store = ""
-        except Exception as exc:
-            self._store = safe_text(exc)
-
-    def seen(self) -> Seen:
-        """What is seen now; of any thread."""
-        pool = self._lifecycle.worker.pool
-        held_up = not _celery.is_event_loop_prefork(pool) and _celery.running_tasks()
-        pids = _celery.children_of(pool)
-        return Seen(
-            is_draining=self._lifecycle.drain.has_begun.is_set(),
-            is_connected=self.is_connected,
-            loop_age_s=None if held_up else time.monotonic() - self._turned_at,
-            children=len(pids) or None,
-            children_stuck_s=self._stuck_s,
-            work_waits_s=self._waits_s,
-            store=self._store,
-        )
-
-    def live(self) -> Answer:
-        """Whether a new start would help."""
-        return live(self.seen())
-
-    def ready(self) -> Answer:
-        """Whether it takes tasks."""
-        return ready(self.seen())
-
-    def facts(self) -> dict[str, Any]:
-        """Told beside each answer."""
-        seen = self.seen()
-        return {
-            "worker": self._lifecycle.worker.hostname,
-            "draining": seen.is_draining,
-            "connected": seen.is_connected,
-            "children": seen.children,
-            "running": _celery.running_tasks(),
-            "held": _celery.held_tasks(),
-        }
 
 
 def _no_worker() -> None:

@@ -81,7 +81,7 @@ def deployment_of(
             for task in tasks
         },
         early=frozenset(task.name for task in tasks if not task.acks_late),
-        child_mib=words["child_memory_mib"],
+        child_mib=words["child_memory_mib"] or child_mib_of(settings),
         main_mib=words["main_memory_mib"] or MAIN_MIB,
         memory_mib=words["memory_mib"],
         health=health,
@@ -90,6 +90,18 @@ def deployment_of(
         image=words["image"] or "",
         replicas=words["replicas"],
     )
+
+
+def child_mib_of(settings: Settings) -> float | None:
+    """
+    What a child may come to: what it may gain in its life, and one run on top.
+
+    None where no number says how much that is.
+    """
+    limit, recycle = settings.memory_limit_mib, settings.memory_recycle_mib
+    if not isinstance(limit, float) or isinstance(recycle, str):
+        return None
+    return limit + (recycle or 0.0)
 
 
 def _beside_python(name: str) -> Path:

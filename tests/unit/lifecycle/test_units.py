@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.lifecycle.command import child_mib_of
 from celery_resilience.lifecycle.drain import Grace
 from celery_resilience.lifecycle.units import (
     GRACE_S,
@@ -25,6 +26,7 @@ from celery_resilience.lifecycle.units import (
     plan,
     render,
 )
+from celery_resilience.settings import Settings
 
 SHOP = Deployment(
     name="shop-worker",
@@ -230,3 +232,23 @@ def test_words_that_a_file_would_read_otherwise_are_quoted() -> None:
 
     service = ini(render(odd, "systemd", is_collector=False)[0])["Service"]
     assert '--queues "a b\\"%%h$$x\\\\;"' in service["ExecStart"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "recycle", "child"),
+    [
+        (None, None, None),
+        (None, 100.0, None),
+        (300.0, None, 300.0),
+        (300.0, 100.0, 400.0),
+        ("25%", 100.0, None),
+        (300.0, "25%", None),
+    ],
+)
+def test_a_childs_memory_follows_from_the_apps_settings(
+    limit: Any, recycle: Any, child: float | None
+) -> None:
+    """What it may gain, and one run on top; a share is of what is asked for here."""
+    settings = Settings(memory_limit_mib=limit, memory_recycle_mib=recycle)
+
+    assert child_mib_of(settings) == child
