@@ -15,7 +15,7 @@ import click
 from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
-from celery_resilience import _celery, draining
+from celery_resilience import _celery, _pools, draining
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
@@ -135,7 +135,7 @@ class WorkerSetup:
 
     def _start_releasing(self, release: Callable[[], None]) -> None:
         """Hand requests to the pool where that may wait for a free slot."""
-        if _celery.is_event_loop_prefork(self.worker.pool):
+        if _pools.is_event_loop_prefork(self.worker.pool):
             # It never waits, and is not to be called from another thread.
             release()
         else:
@@ -444,7 +444,7 @@ def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...
     mode = installation.settings.sessions
     if mode == "off":
         return ()
-    has_greenlets = _celery.is_greenlet_pool(pool)
+    has_greenlets = _pools.is_greenlet_pool(pool)
     _celery.keep_django_connections(installation.app, _runs_a_resilient_task)
     return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
 
@@ -537,6 +537,6 @@ def _is_ending(exc: BaseException) -> bool:
     """An exception that ends the process, and is not the task's own."""
     return (
         isinstance(exc, _celery.WORKER_EXITS)
-        or (not isinstance(exc, Exception) and _celery.is_being_terminated())
+        or (not isinstance(exc, Exception) and _pools.is_being_terminated())
         or type(exc).__module__.partition(".")[0] in ("gevent", "greenlet")
     )

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery, _kombu
+from celery_resilience import _kombu, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.events import emit
@@ -39,11 +39,11 @@ class DeliveryStep(bootsteps.StartStopStep):
         """Take over what was held, send what waited, and look again in time."""
         self._cancel()
         self.deliveries.consumer_started(consumer)
-        _celery.hear_before_giving_back(consumer.pool)
+        _pools.hear_before_giving_back(consumer.pool)
         _kombu.guard_foreign_messages(consumer, consumer.on_foreign)
         self.visibility.started(consumer)
         self.deliveries.outbox.reconnected()
-        self._timer = _celery.unblocked_timer(consumer)
+        self._timer = _pools.unblocked_timer(consumer)
         self._entry = self._timer.call_repeatedly(TICK_S, self.deliveries.outbox.tick)
 
     def stop(self, consumer: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from kombu.exceptions import ContentDisallowed
 
-from celery_resilience import _celery, _kombu_redis
+from celery_resilience import _kombu_redis, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
 from celery_resilience.delivery.outbox import Outgoing
@@ -88,7 +88,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
     def on_close(self) -> None:
         """Celery drops what has not started; the broker delivers it again."""
         try:
-            _celery.hear_what_is_accepted(
+            _pools.hear_what_is_accepted(
                 self.pool, within_s=ACCEPTED_WITHIN_S, clock=time.monotonic
             )
         except Exception:

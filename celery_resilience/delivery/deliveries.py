@@ -15,7 +15,6 @@ from weakref import WeakSet
 
 from celery_resilience._celery import (
     has_yet_to_run,
-    is_untouched,
     is_worker_stopping,
     requests_that_will_run,
     running_requests,
@@ -26,6 +25,7 @@ from celery_resilience._kombu_redis import (
     is_broadcast,
     redis_channel,
 )
+from celery_resilience._pools import is_untouched
 from celery_resilience.delivery.facts import FactsChannel
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.errors import MemoryLimitExceeded

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from celery_resilience import _celery, _kombu_redis
+from celery_resilience import _kombu_redis, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 
 logger = logging.getLogger("celery_resilience.delivery")
@@ -49,7 +49,7 @@ class RedisVisibility:
         if self._lost:
             self._resume()
         period_s = min(self._channel.visibility_timeout / RENEWALS, MAX_PERIOD_S)
-        self._timer = _celery.unblocked_timer(consumer)
+        self._timer = _pools.unblocked_timer(consumer)
         self._entry = self._timer.call_repeatedly(period_s, self.renew)
 
     def stopped(self) -> None:

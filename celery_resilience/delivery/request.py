@@ -21,7 +21,7 @@ from celery.exceptions import (
     WorkerLostError,
 )
 
-from celery_resilience import _celery
+from celery_resilience import _celery, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformed_call
 from celery_resilience.delivery.settlement import failure_of_run, plain_failure
@@ -257,7 +257,7 @@ class ResilientRequest(SettlingRequest):
             self._fail(Reason.WORKER_LOST, exc, exc_info)
 
     def _hard_limit(self, exc: TimeLimitExceeded, exc_info: ExceptionInfo) -> None:
-        lost = _celery.died_before(self.worker_pid)
+        lost = _pools.died_before(self.worker_pid)
         if lost is not None:
             self._worker_lost(lost, _celery.info_of(lost))
         elif self._has_succeeded():

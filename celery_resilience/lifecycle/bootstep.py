@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery, threads
+from celery_resilience import _celery, _pools, threads
 from celery_resilience._kombu import messages_in
 from celery_resilience.draining import SharedFlags
 from celery_resilience.events import emit, observe
@@ -119,8 +119,8 @@ class Lifecycle:
     def _look_into(self, pool: Any) -> None:
         """A release without one of these doors is told at the start; it still works."""
         try:
-            if _celery.is_forking(pool):
-                _celery.mean_own_kills(pool, self.flags.mean)
+            if _pools.is_forking(pool):
+                _pools.mean_own_kills(pool, self.flags.mean)
         except Exception:
             logger.exception("children are ended by SIGKILL, some seconds later")
 
@@ -147,7 +147,7 @@ class Lifecycle:
         """The consumer has its broker, for the first time or again."""
         self.disconnected()
         self._watch.connected(consumer)
-        self._timer = _celery.unblocked_timer(consumer)
+        self._timer = _pools.unblocked_timer(consumer)
         self._entry = self._timer.call_repeatedly(TICK_S, self._tick, (consumer,))
 
     def disconnected(self) -> None:
@@ -292,7 +292,7 @@ class Lifecycle:
 
     def interrupt(self) -> bool:
         """Cut off what runs; True where it goes on until the process ends."""
-        if _celery.interrupts_bodies(self.worker.pool):
+        if _pools.interrupts_bodies(self.worker.pool):
             if self._is_program:
                 self._interrupter.send()
             else:
@@ -316,7 +316,7 @@ class Lifecycle:
 
     def kill_children(self) -> int:
         """Kill the children that have not ended."""
-        return kill(_celery.children_of(self.worker.pool))
+        return kill(_pools.children_of(self.worker.pool))
 
     def exit_now(self, code: int) -> None:
         """End this process, unless it is somebody else's."""

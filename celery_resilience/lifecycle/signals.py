@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from celery_resilience import _celery
+from celery_resilience import _pools
 from celery_resilience.draining import SharedFlags
 
 #: Seconds that a child waits, once it is sent a SIGTERM which the main process does
@@ -25,7 +25,7 @@ def shield_child(flags: SharedFlags) -> None:
     What the main process means for this child ends it, as ever. Another one is the
     worker's where that drains; else it is meant for this child by somebody else.
     """
-    _celery.on_child_loop(lambda: _shield(flags))
+    _pools.on_child_loop(lambda: _shield(flags))
 
 
 def _shield(flags: SharedFlags) -> None:
@@ -108,7 +108,7 @@ def kill(pids: list[int]) -> int:
     """Kill those of our children that have not ended; returns how many."""
     count = 0
     for pid in pids:
-        if _celery.died_before(pid) is None:
+        if _pools.died_before(pid) is None:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from celery_resilience import _celery
+from celery_resilience import _celery, _pools
 from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
 from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.redaction import safe_text
@@ -56,7 +56,7 @@ class HealthWatch:
     def tick(self, consumer: Any) -> None:
         """Every second: in the event loop, or in a thread that asks another loop."""
         pool = consumer.pool
-        if _celery.is_event_loop_prefork(pool):
+        if _pools.is_event_loop_prefork(pool):
             self._turned()
         else:
             consumer.call_soon(self._turned)
@@ -79,7 +79,7 @@ class HealthWatch:
         pool = self._lifecycle.worker.pool
         ended = self._lifecycle.drain.has_ended
         while not ended.wait(TICK_S):
-            pids = _celery.children_of(pool)
+            pids = _pools.children_of(pool)
             is_stuck = bool(pids) and not any(map(can_answer, pids))
             now = time.monotonic()
             self._stuck_s = self._stuck.look(is_stuck, now)
@@ -97,8 +97,8 @@ class HealthWatch:
     def seen(self) -> Seen:
         """What is seen now; of any thread."""
         pool = self._lifecycle.worker.pool
-        held_up = not _celery.is_event_loop_prefork(pool) and _celery.running_tasks()
-        pids = _celery.children_of(pool)
+        held_up = not _pools.is_event_loop_prefork(pool) and _celery.running_tasks()
+        pids = _pools.children_of(pool)
         return Seen(
             is_draining=self._lifecycle.drain.has_begun.is_set(),
             is_connected=self.is_connected,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery
+from celery_resilience import _pools
 from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.events import emit
 from celery_resilience.memory.policy import KIB_PER_MIB, Sustained
@@ -69,10 +69,10 @@ class MemoryStep(bootsteps.StartStopStep):
         """Look from now on; the pool may be another one than before."""
         self._cancel()
         self._pool = consumer.pool
-        self._timer = _celery.unblocked_timer(consumer)
+        self._timer = _pools.unblocked_timer(consumer)
         consumer.resilience_memory = self.setup
-        if _celery.is_prefork(self._pool):
-            _celery.look_again_for_ended_children(self._pool, consumer.hub)
+        if _pools.is_prefork(self._pool):
+            _pools.look_again_for_ended_children(self._pool, consumer.hub)
             self._arm(self._look_at_children, IDLE_LOOK_S)
             return
         if self.setup.watch.has_limits and not self._has_said:
@@ -105,7 +105,7 @@ class MemoryStep(bootsteps.StartStopStep):
 
     def _end(self, pid: int, why: MemoryLimitExceeded) -> None:
         self.setup.because(pid, why)
-        _celery.end_child(self._pool, pid)
+        _pools.end_child(self._pool, pid)
 
     def _look_at_this_process(self) -> float:
         around, sustained = self.setup.around, self._sustained

@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import signals
 
-from celery_resilience import _celery
+from celery_resilience import _pools
 from celery_resilience.memory.recycling import Recycler
 from celery_resilience.memory.task import MemoryAround
 
@@ -22,7 +22,7 @@ def child_started(around: MemoryAround, recycle_kib: int | None) -> None:
         around: The room around the bodies.
         recycle_kib: What the child may gain until it is recycled; None: any amount.
     """
-    child = _celery.pool_child()
+    child = _pools.pool_child()
     if child is None:
         return
     try:

@@ -135,8 +135,8 @@ def register(
 
         @signals.worker_process_init.connect(weak=False)
         def end_often(**_: Any) -> None:
-            from celery_resilience import _celery
+            from celery_resilience import _pools
 
-            child = _celery.pool_child()
+            child = _pools.pool_child()
             assert child is not None
             child.end_before_next_job(lambda jobs: jobs >= every)

@@ -7,7 +7,7 @@ from typing import Any
 
 from celery.concurrency.asynpool import AsynPool
 
-from celery_resilience import _celery
+from celery_resilience import _pools
 
 
 class Pool(AsynPool):
@@ -55,7 +55,7 @@ def a_job(child: Child) -> Any:
 def a_pool() -> Pool:
     """One that a worker of ours has."""
     pool = Pool()
-    _celery.hear_before_giving_back(SimpleNamespace(_pool=pool))
+    _pools.hear_before_giving_back(SimpleNamespace(_pool=pool))
     return pool
 
 
@@ -107,8 +107,8 @@ def test_a_pool_is_wrapped_once() -> None:
     pool = a_pool()
     wrapped = pool.on_job_process_down
 
-    _celery.hear_before_giving_back(SimpleNamespace(_pool=pool))
-    _celery.hear_before_giving_back(SimpleNamespace(_pool=object()))
-    _celery.hear_before_giving_back(object())
+    _pools.hear_before_giving_back(SimpleNamespace(_pool=pool))
+    _pools.hear_before_giving_back(SimpleNamespace(_pool=object()))
+    _pools.hear_before_giving_back(object())
 
     assert pool.on_job_process_down is wrapped
