@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from celery.exceptions import Ignore, ImproperlyConfigured, Retry
+from celery.exceptions import Ignore, ImproperlyConfigured, Reject, Retry
 
 from celery_resilience.redaction import safe_text
 
@@ -131,6 +131,54 @@ class Snooze(Retry):
         return type(self), (self.countdown_s, self.reason)
 
 
+class CircuitIsOpen(ResilienceError):
+    """
+    A circuit is open: the call was not made. What is raised is a `CircuitOpen`.
+
+    Args:
+        name: The circuit's.
+        retry_after_s: Seconds until it is worth another look.
+        generation: Which opening it is.
+    """
+
+    def __init__(
+        self, name: str, retry_after_s: float = 0.0, generation: int = 0
+    ) -> None:
+        # Made a thousand times a second while a dependency is away.
+        self.name = name
+        self.retry_after_s = retry_after_s
+        self.generation = generation
+
+    def __str__(self) -> str:
+        return f"circuit {self.name} is open for another {self.retry_after_s:.1f} s"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.retry_after_s, self.generation)
+
+
+class PassesAutoretry(Retry):
+    """Of the exceptions that `autoretry_for = (Exception,)` lets pass."""
+
+
+class CircuitSnooze(Snooze):
+    """
+    A circuit is open: the main process sends the message again, with our marks.
+
+    Args:
+        countdown_s: Seconds until it runs again.
+        name: The circuit's.
+        since: Wall time in seconds since which circuits keep the task waiting.
+    """
+
+    def __init__(self, countdown_s: float, name: str, since: float) -> None:
+        super().__init__(countdown_s, "circuit_open")
+        self.name = name
+        self.marks = {"waits_since": since}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.countdown_s, self.name, self.marks["waits_since"])
+
+
 class SendAgain(Ignore):
     """Tell the main process to send this delivery's message again, unchanged in state.
 
@@ -175,6 +223,10 @@ class TooManyCrashes(ResilienceError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.runs)
+
+
+#: What steers Celery, and says nothing of how a call went.
+CONTROL_FLOW: tuple[type[Exception], ...] = (Ignore, Reject, Retry)
 
 
 class NoKey(ResilienceError, TypeError):

@@ -23,7 +23,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "circuits": {},
     "memory_recycle_mib": None,
     "memory_limit_mib": None,
     "sessions": "auto",
@@ -108,6 +107,18 @@ def _routes(value: Any) -> tuple[tuple[str, str | None], ...]:
     raise _Refused(
         "a dict {task glob, exception name or reason: queue name, or None to drop}"
     )
+
+
+def _circuits(value: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if isinstance(value, Mapping) and all(
+        isinstance(name, str)
+        and 1 <= len(name) <= 64
+        and isinstance(options, Mapping)
+        and all(isinstance(option, str) for option in options)
+        for name, options in value.items()
+    ):
+        return tuple((name, dict(options)) for name, options in value.items())
+    raise _Refused("a dict {name of 1 to 64 characters: {option: value}}")
 
 
 def _folder(value: Any) -> Path:
@@ -265,6 +276,12 @@ class Settings:
         _if_store_down,
         "What a task with an idempotency key does while the store is away: wait for it, "
         "or run without its key.",
+    )
+    circuits: tuple[tuple[str, dict[str, Any]], ...] = _setting(
+        (),
+        _circuits,
+        "{name: {failure_rate, window_s, min_calls, consecutive, slow_call_s, open_s, "
+        "max_open_s, jitter, probes, probe_lease_s, exclude}}, each optional.",
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from celery_resilience.circuits.task import IfOpen
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
 
 #: Names of arguments; one string is no list of them.
@@ -32,6 +33,8 @@ class TaskOptions(TypedDict, total=False):
     if_done: IfDone
     if_interrupted: IfInterrupted
     unique_enqueue: bool
+    circuit: Any
+    if_circuit_open: IfOpen
 
 
 def _is_count(value: Any) -> bool:
@@ -61,8 +64,6 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 #: Options of the public contract whose feature this release does not have.
 NOT_IN_THIS_RELEASE = (
     "retry_rules",
-    "circuit",
-    "if_circuit_open",
     "memory_limit_mib",
     "max_message_kib",
 )

@@ -136,6 +136,7 @@ class WorkerSetup:
                 f"--collect-failed needs a store, and there is none: {choice.why}"
             )
         self.installation.check_store()
+        self.installation.circuit_options()
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
@@ -169,6 +170,8 @@ class WorkerSetup:
             is_ending=_is_ending,
             around=(installation.streams,),
         )
+        # Before there are children; whether any task has one is not known yet.
+        installation.circuits.share()
         os.environ[WORKER_VARIABLE] = json.dumps(
             {"worker": self.worker_id, "max_crashes": installation.max_crashes}
         )
@@ -183,6 +186,8 @@ class WorkerSetup:
             if getattr(sender, "app", None) is self.app:
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
+                if has_circuits(installation):
+                    installation.circuits.start_reading()
 
         def on_shutting_down(sender: Any = None, **_: Any) -> None:
             if sender == hostname:
@@ -264,6 +269,14 @@ def key_guard(installation: Installation) -> KeyGuard:
         if_store_down=installation.settings.if_store_down,
         serializer=conf.result_serializer,
         accept=conf.result_accept_content or conf.accept_content,
+    )
+
+
+def has_circuits(installation: Installation) -> bool:
+    """Whether a setting or a task names a circuit."""
+    return bool(installation.settings.circuits) or any(
+        isinstance(task, ResilientTask) and task.circuit_name is not None
+        for task in installation.app.tasks.values()
     )
 
 

@@ -1,0 +1,49 @@
+"""Circuits of one process: while the store is away, and for apps without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from celery_resilience.circuits.store import Answer, Stored
+
+
+class MemoryCircuitStore:
+    """
+    `CircuitStore` in this process.
+
+    Args:
+        clock: Wall time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = Lock()
+        self._circuits: dict[str, tuple[float, Stored]] = {}
+
+    def read(self, names: Sequence[str]) -> Answer:
+        """The circuits of these names."""
+        with self._lock:
+            now = self._clock()
+            found = {name: self._get(name, now) for name in names}
+        return Answer(now, {name: it for name, it in found.items() if it.version})
+
+    def swap(self, name: str, seen: str, new: Stored, *, keep_s: float) -> Answer:
+        """Replace a circuit if it still is of the version *seen*."""
+        with self._lock:
+            now = self._clock()
+            it = self._get(name, now)
+            if it.version == seen:
+                self._circuits[name] = now + keep_s, new
+                it = new
+        return Answer(now, {name: it} if it.version else {})
+
+    def names(self) -> Sequence[str]:
+        """The circuits that are not forgotten."""
+        with self._lock:
+            now = self._clock()
+            return [name for name in self._circuits if self._get(name, now).version]
+
+    def _get(self, name: str, now: float) -> Stored:
+        until, it = self._circuits.get(name, (0.0, Stored()))
+        return it if now < until else Stored()

@@ -1,0 +1,112 @@
+"""Circuits in a SQL database: a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Float,
+    SmallInteger,
+    String,
+    delete,
+    literal,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.sql import ColumnElement
+
+from celery_resilience.circuits.store import Answer, Stored
+from celery_resilience.stores.sql import LongText, SqlDatabase, table
+
+ROOM = "circuits"
+VERSION = 1
+
+circuits = table(
+    "resilience_circuits",
+    Column("namespace", String(64), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("version", String(32), nullable=False),
+    # Whether the last statement that asked for the row was given it.
+    Column("is_given", SmallInteger, nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("text", LongText, nullable=False),
+)
+
+TABLES = [circuits]
+
+
+class SqlCircuitStore:
+    """
+    `CircuitStore` in a SQL database.
+
+    Args:
+        database: Where the table is.
+        namespace: The app's; several share a table.
+    """
+
+    def __init__(self, database: SqlDatabase, namespace: str) -> None:
+        self._database = database
+        self._namespace = namespace
+
+    def read(self, names: Sequence[str]) -> Answer:
+        """The circuits of these names, in one round trip."""
+        self._ready()
+        now = self._database.now()
+        query = (
+            select(now, circuits.c.name, circuits.c.version, circuits.c.text)
+            .where(self._mine(), circuits.c.name.in_(names))
+            .where(circuits.c.expires_at > now)
+            # The time is told also where there is no row.
+            .union_all(select(now, literal(""), literal(""), literal("")))
+        )
+        rows = self._database.statements.run_once(query).rows
+        found = {row[1]: Stored(row[2], row[3]) for row in rows if row[1]}
+        return Answer(float(rows[0][0]), found)
+
+    def swap(self, name: str, seen: str, new: Stored, *, keep_s: float) -> Answer:
+        """Replace a circuit if it still is of the version *seen*."""
+        self._ready()
+        now = self._database.now()
+        values: dict[Column[Any], Any] = {
+            circuits.c.version: literal(new.version),
+            circuits.c.text: literal(new.text, LongText),
+            circuits.c.expires_at: now + keep_s,
+        }
+        statement: Any
+        if seen:
+            statement = (
+                update(circuits)
+                .where(self._mine(), circuits.c.name == name)
+                .where(circuits.c.version == seen, circuits.c.expires_at > now)
+                .values(values)
+            )
+        else:
+            row = {
+                circuits.c.namespace: literal(self._namespace),
+                circuits.c.name: literal(name),
+                **values,
+            }
+            is_forgotten = or_(circuits.c.expires_at <= now, circuits.c.version == "")
+            statement = self._database.dialect.upsert(
+                row, is_forgotten, values, circuits.c.is_given
+            )
+        self._database.statements.run_once(statement)
+        return self.read([name])
+
+    def names(self) -> Sequence[str]:
+        """The circuits that are not forgotten; those that are go."""
+        self._ready()
+        now = self._database.now()
+        past = delete(circuits).where(self._mine(), circuits.c.expires_at <= now)
+        self._database.statements.run_once(past)
+        query = select(circuits.c.name).where(self._mine()).order_by(circuits.c.name)
+        return [row[0] for row in self._database.statements.run_once(query).rows]
+
+    def _mine(self) -> ColumnElement[bool]:
+        return circuits.c.namespace == self._namespace
+
+    def _ready(self) -> None:
+        self._database.ready(ROOM, VERSION, TABLES)

@@ -1,0 +1,68 @@
+"""What a store of circuits promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+#: Characters of a circuit's name.
+MAX_NAME = 64
+
+
+class Stored(NamedTuple):
+    """
+    One circuit as it is stored.
+
+    Attributes:
+        version: Of the text; "" where there is none.
+        text: The state.
+    """
+
+    version: str = ""
+    text: str = ""
+
+
+class Answer(NamedTuple):
+    """
+    What a store says.
+
+    Attributes:
+        now: Its wall time in seconds.
+        found: The circuits as they are now; what is missing has never been written, or
+            is forgotten.
+    """
+
+    now: float
+    found: Mapping[str, Stored]
+
+
+class CircuitStore(Protocol):
+    """
+    One text for each circuit, changed by who has seen the last one.
+
+    Raises:
+        StoreUnavailable: From each method; nothing is known of what was done.
+    """
+
+    def read(self, names: Sequence[str]) -> Answer:
+        """The circuits of these names, in one round trip."""
+        ...
+
+    def swap(self, name: str, seen: str, new: Stored, *, keep_s: float) -> Answer:
+        """
+        Replace a circuit if it still is of the version *seen*.
+
+        Args:
+            name: At most `MAX_NAME` characters.
+            seen: "" where there was none.
+            new: With a version that nobody has used.
+            keep_s: Seconds after which it is forgotten if nobody writes.
+
+        Returns:
+            What is stored now: *new*, or what somebody else has written.
+        """
+        ...
+
+    def names(self) -> Sequence[str]:
+        """The circuits that are not forgotten, in any order."""
+        ...
