@@ -14,6 +14,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
+from celery_resilience.body import HEARS_OF_CIRCUITS
 from celery_resilience.errors import (
     CircuitIsOpen,
     ConfigurationError,
@@ -274,6 +275,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         """Run the body, with the rooms that look at what it leaves behind."""
         for room in rooms.around:
             room.before(self, request)
+        token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
         try:
             try:
                 if self._base_has_a_call:
@@ -288,6 +290,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self._after_body(rooms, request, exc)
             raise
+        finally:
+            HEARS_OF_CIRCUITS.reset(token)
         self._after_body(rooms, request, None)
         return result
 

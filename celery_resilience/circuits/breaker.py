@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Self
 import pybreaker
 from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
+from celery_resilience.body import HEARS_OF_CIRCUITS
 from celery_resilience.circuits import policy
 from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
 from celery_resilience.circuits.policy import Entry, Position, State
@@ -62,6 +63,12 @@ class CircuitOpenInTask(CircuitOpen, PassesAutoretry):
     when = None
     is_eager = False
     sig = None
+
+
+def refusal(name: str, retry_after_s: float, generation: int) -> CircuitOpen:
+    """What a refused call raises: in a task, such that it spends no retry."""
+    kind = CircuitOpenInTask if HEARS_OF_CIRCUITS.get() else CircuitOpen
+    return kind(name, retry_after_s, generation)
 
 
 class FleetStorage(CircuitBreakerStorage):
@@ -115,18 +122,11 @@ class FleetBreaker(pybreaker.CircuitBreaker):
     Args:
         fleet: The app's circuits.
         circuit: Which of them.
-        error: Makes what a refused call raises.
     """
 
-    def __init__(
-        self,
-        fleet: Circuits,
-        circuit: Circuit,
-        error: Callable[[str, float, int], BaseException],
-    ) -> None:
+    def __init__(self, fleet: Circuits, circuit: Circuit) -> None:
         self._fleet = fleet
         self._circuit = circuit
-        self._error = error
         self._is_made = False
         self._entered: ContextVar[tuple[Permit, ...]] = ContextVar(
             "entered", default=()
@@ -301,11 +301,8 @@ class FleetBreaker(pybreaker.CircuitBreaker):
     def _refuse(self, entry: Entry) -> NoReturn:
         if observed("circuits.refused"):
             emit("circuits.refused", circuit=self._circuit.name)
-        raise self._error(
-            self._circuit.name,
-            entry.retry_after_s,
-            self._circuit.state.generation,
-        )
+        generation = self._circuit.state.generation
+        raise refusal(self._circuit.name, entry.retry_after_s, generation)
 
     # --- what pybreaker's users ask ------------------------------------------------------
 
@@ -399,16 +396,10 @@ class PlainBreaker:
 
     Args:
         breaker: Its state, listeners and storage are as the user made them.
-        error: Makes what a refused call raises.
     """
 
-    def __init__(
-        self,
-        breaker: pybreaker.CircuitBreaker,
-        error: Callable[[str, float, int], BaseException],
-    ) -> None:
+    def __init__(self, breaker: pybreaker.CircuitBreaker) -> None:
         self._breaker = breaker
-        self._error = error
 
     def enter(self) -> Any:
         """
@@ -422,7 +413,7 @@ class PlainBreaker:
             return self._breaker.call(_one_step)
         except CircuitBreakerError as exc:
             name = self._breaker.name or "pybreaker"
-            raise self._error(name, self._retry_after_s(), 0) from exc
+            raise refusal(name, self._retry_after_s(), 0) from exc
 
     def leave(self, started: Any, exc: BaseException | None) -> None:
         """End a call that returned, or raised *exc*; what steers Celery counts nothing."""

@@ -103,6 +103,7 @@ class Circuit:
         self._lock = Lock()
         self._note = Note(Stored(), 0.0, 0.0)
         self._fresh_until = 0.0
+        self._refused_until = 0.0
         self._state = State()
         self._is_plain = True
         self._parts: dict[int, list[int]] = {}
@@ -123,6 +124,8 @@ class Circuit:
             self._fleet.refresh(self, now)
         if self._is_plain:
             return Permit(self._state.generation, "", now)
+        if now < self._refused_until:
+            return Entry(False, "", self._refused_until - now)
         entry = policy.entry_now(self._state, now + self._note.offset)
         if entry is None:
             entry = self._ask_to_enter()
@@ -248,6 +251,9 @@ class Circuit:
                 self._state.position is Position.CLOSED and self._state.forced is None
             )
             self._fresh_until = note.read_at + FRESH_S
+            state = self._state
+            is_open = state.position is Position.OPEN and state.forced is None
+            self._refused_until = state.retry_at - note.offset if is_open else 0.0
             if self._state.generation != self._generation:
                 self._new_report()
 

@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from celery import current_task
 from celery.exceptions import Retry
 
-from celery_resilience import _celery
 from celery_resilience.circuits.fleet import Circuits, check_name
 from celery_resilience.errors import (
     CircuitIsOpen,
@@ -63,25 +61,8 @@ class Breakers:
         circuit = self.circuits.get(name)
         with self._lock:
             if name not in self._made:
-                self._made[name] = FleetBreaker(self.circuits, circuit, circuit_open)
+                self._made[name] = FleetBreaker(self.circuits, circuit)
             return self._made[name]
-
-
-def circuit_open(name: str, retry_after_s: float, generation: int) -> CircuitIsOpen:
-    """What a refused call raises: in a task, such that it spends no retry."""
-    from celery_resilience.circuits.breaker import CircuitOpen, CircuitOpenInTask
-
-    proxy: Any = current_task
-    task = proxy._get_current_object()
-    request = None if task is None else task.request_stack.top
-    kind = CircuitOpen
-    if (
-        request is not None
-        and _celery.is_a_delivery(request)
-        and getattr(task, "if_circuit_open", "fail") != "fail"
-    ):
-        kind = CircuitOpenInTask
-    return kind(name, retry_after_s, generation)
 
 
 class TaskCircuit:
@@ -137,7 +118,7 @@ class TaskCircuit:
 
         if isinstance(self._circuit, FleetBreaker):
             return self._circuit
-        return PlainBreaker(self._circuit, circuit_open)
+        return PlainBreaker(self._circuit)
 
 
 def task_circuit(
