@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import circuit_tasks
 import keyed_tasks
 import stream_tasks
 from celery import Celery, Task, signals
@@ -74,6 +75,8 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     _register(app, base)
     keyed_tasks.register(app, base, note)
     stream_tasks.register(app, base, note)
+    if not is_plain:
+        circuit_tasks.register(app, base, note)
     return app
 
 
