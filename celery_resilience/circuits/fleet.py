@@ -382,8 +382,8 @@ class Circuits:
                     circuit.learn(note)
                     if circuit.is_fresh(now):
                         return
-        self.wake()
         self.ask(circuit, _only_look)
+        self.wake()
 
     def ask(self, circuit: Circuit, change: Change[Result]) -> Result:
         """
@@ -553,8 +553,10 @@ class Circuits:
             report = circuit.take_report(is_all=False)
             if report is not None:
                 self._tell(circuit, report)
-            elif now < circuit.used_at + USED_S and (
-                self._is_page_ours or not circuit.is_shared
+            elif (
+                now < circuit.used_at + USED_S
+                and (self._is_page_ours or not circuit.is_shared)
+                and (self._is_page_ours or now > circuit.note.read_at + POLL_S / 2)
             ):
                 to_read.append(circuit)
         store = self._local if self._is_away else self._store()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import FleetMaker
 from fleet_runner import Fleet
-from polling import eventually
+from polling import always, eventually
+from services import Service
 
 #: A broker, and the store of its circuits.
 FLEETS = [("redis", "redis"), ("rabbitmq", "postgresql"), ("filesystem", "sqlite")]
@@ -39,6 +41,8 @@ def trip(fleet: Fleet, down: Path) -> None:
         seen = len(fleet.notes("failed_call"))
         eventually(lambda seen=seen: len(fleet.notes("failed_call")) > seen)
     eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+    # Until all know it: what a process goes by may be half a second old.
+    always(lambda: True, for_s=0.7)
 
 
 def texts(fleet: Fleet) -> str:
@@ -78,3 +82,152 @@ def test_tasks_wait_for_an_open_circuit_and_spend_no_retry(
     assert counts["succeeded"] == 10
     assert counts["snoozed"] >= 10
     assert counts["failed"] == 3
+
+
+def test_what_a_task_may_do_when_its_circuit_is_open(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """Fail with its reason, return something else, know it, or be snoozed within."""
+    fleet = fleet_with(make_fleet, open_s=600)
+    fleet.worker()
+    trip(fleet, down)
+
+    failed = fleet.send("pay_or_fail", str(down))
+    owed = fleet.send("pay_or_owe", str(down))
+    known = fleet.send("pay_or_know", str(down))
+    within = fleet.send("pay_within", str(down))
+    auto = fleet.send("pay_with_autoretry", str(down))
+
+    record = fleet.record_of(failed.id)
+    assert record["reason"] == "circuit_open"
+    assert record["exception"].endswith("CircuitOpen")
+    assert result_of(fleet, owed) == "owed"
+    assert result_of(fleet, known) == "bank is open"
+    for waiting in (within, auto):
+        eventually(lambda waiting=waiting: waiting.state == "RETRY")
+        eventually(lambda waiting=waiting: f"{waiting.id}] retry: " in texts(fleet))
+    assert len(fleet.notes("failed_call")) == 3
+
+
+def test_an_autoretry_counts_as_what_the_body_raised(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """Celery's Retry alone counts nothing."""
+    fleet = fleet_with(make_fleet, open_s=600)
+    fleet.worker()
+    for _ in range(2):
+        fleet.send("pay_with_autoretry", str(down))
+
+    eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+
+
+def test_chains_and_chords_go_on_after_a_snooze(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """The result that others wait for comes later."""
+    fleet = fleet_with(make_fleet, open_s=3)
+    fleet.worker()
+    trip(fleet, down)
+    tasks = fleet.app.tasks
+    chained = (tasks["pay"].si(str(down)) | tasks["ok"].s()).apply_async()
+    header = [tasks["pay"].si(str(down)) for _ in range(3)]
+    chord = (chord_of(header) | tasks["ok"].s()).apply_async()
+    eventually(lambda: texts(fleet).count(" retry: ") >= 4)
+    down.unlink()
+
+    assert result_of(fleet, chained) == "paid"
+    assert result_of(fleet, chord) == ["paid"] * 3
+    assert len(fleet.notes("ok")) == 2
+
+
+def chord_of(header: list[Any]) -> Any:
+    """A group that a chord is made of."""
+    from celery import group
+
+    return group(header)
+
+
+def test_a_killed_probe_is_replaced_when_its_lease_has_passed(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """The circuit is not half-open for ever."""
+    fleet = fleet_with(make_fleet, open_s=1, probe_lease_s=2)
+    fleet.worker()
+    trip(fleet, down)
+    down.unlink()
+    first = fleet.send("probe_dies", str(down))
+    eventually(lambda: fleet.notes("died"))
+    others = [fleet.send("pay", str(down)) for _ in range(3)]
+
+    assert [result_of(fleet, it) for it in [first, *others]] == ["paid"] * 4
+    assert len(fleet.notes("died")) == 1
+
+
+def test_a_duplicate_gives_its_permit_back(make_fleet: FleetMaker, down: Path) -> None:
+    """A half-open circuit is not held by a task that has nothing to do."""
+    fleet = fleet_with(make_fleet, open_s=2, probe_lease_s=600)
+    fleet.worker()
+    other = down.with_name("other")
+    paid = fleet.send("pay_once", str(other))
+    assert result_of(fleet, paid) == "paid"
+    trip(fleet, down)
+
+    again = fleet.send("pay_once", str(other))
+    assert result_of(fleet, again) == "paid"
+    assert len(fleet.notes("pay_once")) == 1
+    assert "circuit bank closed" not in texts(fleet)
+    down.unlink()
+
+    assert result_of(fleet, fleet.send("pay", str(down))) == "paid"
+
+
+def test_a_plain_pybreaker_is_a_circuit(make_fleet: FleetMaker, down: Path) -> None:
+    """Of each child."""
+    fleet = make_fleet("redis")
+    fleet.worker(concurrency=1)
+    for number in range(3):
+        fleet.send("pay_by_own", str(down))
+        eventually(lambda number=number: len(fleet.notes("failed_call")) > number)
+    waiting = fleet.send("pay_by_own", str(down))
+
+    eventually(lambda: waiting.state == "RETRY", what=texts(fleet)[-3000:])
+    assert len(fleet.notes("failed_call")) == 3
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
+def test_every_pool_has_circuits(make_fleet: FleetMaker, down: Path, pool: str) -> None:
+    """Shared with all others."""
+    fleet = fleet_with(make_fleet, open_s=3)
+    fleet.worker(pool=pool)
+    trip(fleet, down)
+    waiting = [fleet.send("pay", str(down)) for _ in range(3)]
+    eventually(lambda: texts(fleet).count(" retry: ") >= 3)
+    down.unlink()
+
+    assert [result_of(fleet, it) for it in waiting] == ["paid"] * 3
+
+
+def test_a_store_that_dies_fails_no_task(
+    make_fleet: FleetMaker,
+    own_server: Callable[[str], Service],
+    down: Path,
+) -> None:
+    """Each process goes on by itself, and says so once."""
+    store = own_server("redis")
+    fleet = make_fleet(
+        "rabbitmq",
+        resilience_store_url=store.url,
+        resilience_circuits={"bank": {**QUICK, "consecutive": 3, "open_s": 600}},
+    )
+    fleet.worker(concurrency=1)
+    up = str(down.with_name("up"))
+    assert result_of(fleet, fleet.send("pay", up)) == "paid"
+    store.kill()
+
+    for _ in range(20):
+        assert result_of(fleet, fleet.send("pay", up)) == "paid"
+    trip(fleet, down)
+    waiting = fleet.send("pay", up)
+    eventually(lambda: f"{waiting.id}] retry: " in texts(fleet))
+    said = [line for line in texts(fleet).splitlines() if "this process's own" in line]
+    assert len(said) <= 2  # the main process, and its child
