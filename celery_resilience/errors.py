@@ -132,28 +132,38 @@ class Snooze(Retry):
 
 
 class CircuitIsOpen(ResilienceError):
-    """
-    A circuit is open: the call was not made. What is raised is a `CircuitOpen`.
+    """The circuit is open: the call was not made.
+
+    What is raised is a `CircuitOpen`.
 
     Args:
+        message: Its text; None: made of the others.
         name: The circuit's.
         retry_after_s: Seconds until it is worth another look.
         generation: Which opening it is.
     """
 
     def __init__(
-        self, name: str, retry_after_s: float = 0.0, generation: int = 0
+        self,
+        message: str | None = None,
+        name: str = "",
+        retry_after_s: float = 0.0,
+        generation: int = 0,
     ) -> None:
         # Made a thousand times a second while a dependency is away.
+        self.message = message
         self.name = name
         self.retry_after_s = retry_after_s
         self.generation = generation
 
     def __str__(self) -> str:
+        if self.message or not self.name:
+            return self.message or (type(self).__doc__ or "").split("\n")[0]
         return f"circuit {self.name} is open for another {self.retry_after_s:.1f} s"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.retry_after_s, self.generation)
+        said = (self.message, self.name, self.retry_after_s, self.generation)
+        return type(self), said
 
 
 class PassesAutoretry(Retry):
@@ -161,8 +171,7 @@ class PassesAutoretry(Retry):
 
 
 class CircuitSnooze(Snooze):
-    """
-    A circuit is open: the main process sends the message again, with our marks.
+    """A circuit is open: the main process sends the message again, with our marks.
 
     Args:
         countdown_s: Seconds until it runs again.

@@ -57,7 +57,6 @@ class CircuitOpenInTask(CircuitOpen, PassesAutoretry):
     """The same in a task's body, where it is no reason to spend a retry."""
 
     # Of Celery's Retry, whose own __init__ nobody calls.
-    message = None
     exc = None
     excs = None
     when = None
@@ -68,7 +67,7 @@ class CircuitOpenInTask(CircuitOpen, PassesAutoretry):
 def refusal(name: str, retry_after_s: float, generation: int) -> CircuitOpen:
     """What a refused call raises: in a task, such that it spends no retry."""
     kind = CircuitOpenInTask if HEARS_OF_CIRCUITS.get() else CircuitOpen
-    return kind(name, retry_after_s, generation)
+    return kind(None, name, retry_after_s, generation)
 
 
 class FleetStorage(CircuitBreakerStorage):

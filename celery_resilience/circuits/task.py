@@ -190,7 +190,8 @@ def when_open(
     if now - since >= MAX_WAIT_S:
         from celery_resilience.circuits.breaker import CircuitOpen
 
-        raise CircuitOpen(exc.name, exc.retry_after_s, exc.generation) from None
+        waited = f"circuit {exc.name} has kept the task waiting for {now - since:.0f} s"
+        raise CircuitOpen(waited, exc.name, exc.retry_after_s, exc.generation) from None
     raise CircuitSnooze(
         snooze_s(exc.retry_after_s, random.random(), visible_s), exc.name, since
     ) from None
