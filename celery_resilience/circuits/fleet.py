@@ -402,6 +402,15 @@ class Circuits:
                 self._went_away(exc)
         return self._do(circuit, change)
 
+    def order(self, circuit: Circuit, change: Change[Result]) -> Result:
+        """
+        Change a circuit for the fleet, or not at all: an operator asks.
+
+        Raises:
+            StoreUnavailable: The store did not answer.
+        """
+        return self._do(circuit, change)
+
     def _do(self, circuit: Circuit, change: Change[Result]) -> Result:
         store = self._local if self._is_away else self._store()
         if store is None:

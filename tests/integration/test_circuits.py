@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,55 @@ def test_a_store_that_dies_fails_no_task(
     eventually(lambda: f"{waiting.id}] retry: " in texts(fleet))
     said = [line for line in texts(fleet).splitlines() if "this process's own" in line]
     assert len(said) <= 2  # the main process, and its child
+
+
+# --- the command ------------------------------------------------------------------------
+
+
+def test_an_operator_changes_circuits_for_the_fleet(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """Kept open, closed, disabled and reset; each is seen by a running worker."""
+    fleet = fleet_with(make_fleet, open_s=600)
+    fleet.worker()
+    up = str(down.with_name("up"))
+
+    def said(*words: str, code: int = 0) -> str:
+        done = fleet.command("resilience", "circuits", *words)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    def answer(path: str) -> Any:
+        return result_of(fleet, fleet.send("pay_or_owe", path))
+
+    assert answer(up) == "paid"
+    assert "bank: open until" in said("open", "bank", "--for-s", "60")
+    eventually(lambda: answer(up) == "owed", within_s=10)
+    (document,) = json.loads(said("list", "-o", "json"))
+    assert (document["name"], document["forced"]) == ("bank", "open")
+    assert "bank: closed" in said("close", "bank")
+    eventually(lambda: answer(up) == "paid", within_s=10)
+
+    assert "bank: disabled until" in said("disable", "bank")
+    always(lambda: True, for_s=0.7)
+    for _ in range(4):
+        record = fleet.record_of(fleet.send("pay_or_owe", str(down)).id)
+        assert record["reason"] == "exception"
+    assert "bank: closed" in said("reset", "bank")
+    listed = said()
+    assert listed.splitlines()[1].split("\t")[:3] == ["bank", "closed", "-"]
+    assert "no circuit 'bnk', did you mean bank?" in said("open", "bnk", code=1)
+
+
+def test_a_wrong_circuit_ends_the_start_of_a_worker(make_fleet: FleetMaker) -> None:
+    """In one line; a command with an unreachable store ends with 4."""
+    fleet = make_fleet("filesystem", resilience_circuits={"bank": {"probes": 0}})
+    done = fleet.command("worker", "--pool", "solo")
+    assert done.returncode != 0
+    assert "resilience_circuits: bank: probes must be a whole number" in done.stderr
+
+    fleet.conf["resilience_circuits"] = {}
+    fleet.conf["resilience_store_url"] = "redis://127.0.0.1:9/0"
+    away = fleet.command("resilience", "circuits")
+    assert away.returncode == 4
+    assert "unreachable" in away.stderr
