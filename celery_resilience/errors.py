@@ -40,6 +40,10 @@ class StoreUnavailable(ResilienceError):
     """The store did not answer; nothing is known about what it holds."""
 
 
+class TooBusy(StoreUnavailable):
+    """Others were always quicker to change what is stored."""
+
+
 class SchemaMismatch(ResilienceError):
     """The store's tables were made by another release of celery-resilience."""
 

@@ -228,15 +228,14 @@ class Installation:
 
     @cached_property
     def circuits(self) -> Circuits:
-        """
-        The circuits of this process.
-
-        Raises:
-            ConfigurationError: An option of one is wrong.
-        """
+        """The circuits of this process; no setting is read before one is used."""
         from celery_resilience.circuits.fleet import Circuits
 
-        return Circuits(self.circuit_store, self.circuit_options())
+        return Circuits(
+            self.circuit_store,
+            self.circuit_options,
+            is_off=lambda: not self.settings.enabled,
+        )
 
     @cached_property
     def breakers(self) -> Breakers:

@@ -132,9 +132,6 @@ class FleetBreaker(pybreaker.CircuitBreaker):
         )
         super().__init__(
             name=circuit.name,
-            exclude=list(circuit.options.exclude),
-            reset_timeout=circuit.options.open_s,
-            success_threshold=circuit.options.probes,
             state_storage=FleetStorage(circuit),
             throw_new_error_on_trip=False,
         )
@@ -313,13 +310,18 @@ class FleetBreaker(pybreaker.CircuitBreaker):
             return False
         if isinstance(exception, ResilienceError):
             return False
-        for excluded in self._excluded_exceptions:
+        for excluded in self.excluded_exceptions:
             if isinstance(excluded, type):
                 if isinstance(exception, excluded):
                     return False
             elif excluded(exception):
                 return False
         return True
+
+    @property
+    def excluded_exceptions(self) -> tuple[Any, ...]:
+        """Types of exceptions, and callables, that count nothing."""
+        return (*self._circuit.options.exclude, *self._excluded_exceptions)
 
     @property
     def current_state(self) -> str:

@@ -166,7 +166,8 @@ def _change(installation: Installation, verb: str, words: Words) -> int:
 def _names(installation: Installation, store: CircuitStore) -> list[str]:
     """The circuits that a setting or a task names, and those in the store."""
     tasks = installation.app.tasks.values()
-    by_tasks = {getattr(task, "circuit_name", None) for task in tasks} - {None}
+    named = (getattr(task, "circuit_name", None) for task in tasks)
+    by_tasks = {name for name in named if isinstance(name, str)}
     return sorted({*installation.circuit_options(), *by_tasks, *store.names()})
 
 

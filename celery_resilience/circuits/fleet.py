@@ -6,6 +6,7 @@ ago, and its outcome waits for the thread that tells the store of several at onc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +29,7 @@ from celery_resilience.errors import (
     ConfigurationError,
     ResilienceError,
     StoreUnavailable,
+    TooBusy,
 )
 from celery_resilience.events import emit
 from celery_resilience.threads import start_deaf
@@ -53,6 +56,9 @@ USED_S = 10.0
 
 #: Seconds between two looks whether the store is back.
 LOOK_S = 1.0
+
+#: Seconds within which it is said once that the store is away.
+SAY_S = 60.0
 
 #: How often is tried what another process was quicker with.
 TRIES = 50
@@ -83,23 +89,22 @@ class Circuit:
 
     Attributes:
         name: At most 64 characters.
-        options: What the app says about it.
         used_at: When somebody wanted to know last, by the monotonic clock.
         is_shared: The worker's main process reads it for its children.
         on_change: Called with the states before and after by the one process of the
             fleet that has changed it.
     """
 
-    def __init__(self, fleet: Circuits, name: str, options: CircuitOptions) -> None:
+    def __init__(self, fleet: Circuits, name: str) -> None:
         self.name = name
-        self.options = options
         self.on_change: list[OnChange] = []
         self.used_at = 0.0
         self.is_shared = False
         self._fleet = fleet
         self._clock = fleet.clock
-        self._part_s = options.window_s / policy.PARTS
-        self._slow_s = options.slow_call_s or float("inf")
+        #: Known with the options, at the first call.
+        self._part_s = 1.0
+        self._slow_s = float("inf")
         self._lock = Lock()
         self._note = Note(Stored(), 0.0, 0.0)
         self._fresh_until = 0.0
@@ -109,6 +114,19 @@ class Circuit:
         self._parts: dict[int, list[int]] = {}
         self._retry_after_s: float | None = None
         self._new_report()
+
+    @cached_property
+    def options(self) -> CircuitOptions:
+        """
+        What the app says about it, read at its first call.
+
+        Raises:
+            ConfigurationError: An option is wrong.
+        """
+        options = self._fleet.options_of(self.name)
+        self._part_s = options.window_s / policy.PARTS
+        self._slow_s = options.slow_call_s or float("inf")
+        return options
 
     # --- a call ----------------------------------------------------------------------
 
@@ -155,6 +173,8 @@ class Circuit:
             is_success: None: it counts nothing.
             retry_after_s: What the dependency asks for, if it does.
         """
+        if self._fleet.is_off:
+            return
         now = self._clock()
         if is_success and now - permit.started >= self._slow_s:
             is_success = False
@@ -188,7 +208,10 @@ class Circuit:
         def change(state: State, now: float) -> tuple[State, Entry]:
             return policy.enter(state, self.options, now=now, token=token)
 
-        return self._fleet.ask(self, change)
+        try:
+            return self._fleet.ask(self, change)
+        except TooBusy:
+            return Entry(False, retry_after_s=policy.ASK_AGAIN_S)
 
     def _tell_probe(
         self, permit: Permit, is_success: bool | None, retry_after_s: float | None
@@ -206,7 +229,8 @@ class Circuit:
             )
             return after, None
 
-        self._fleet.ask(self, change)
+        with contextlib.suppress(TooBusy):  # its lease lapses
+            self._fleet.ask(self, change)
 
     # --- what is known, and what is to be told -----------------------------------------
 
@@ -308,19 +332,24 @@ class Circuits:
 
     Args:
         store: Gives the store, None where the app has none.
-        options: What the app says, by the circuits' names.
+        options: Gives what the app says, by the circuits' names; not asked before a
+            circuit is used, as an app may be configured late.
+        is_off: Gives whether celery-resilience is off: then every call is let through.
         clock: The monotonic clock.
     """
 
     def __init__(
         self,
         store: Callable[[], CircuitStore | None],
-        options: Mapping[str, CircuitOptions],
+        options: Callable[[], Mapping[str, CircuitOptions]],
+        *,
+        is_off: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
         self._store = store
-        self._options = options
+        self._get_options = options
+        self._get_is_off = is_off
         self._page: Page | None = None
         self._is_page_ours = False
         self._circuits: dict[str, Circuit] = {}
@@ -328,6 +357,7 @@ class Circuits:
         self._is_away = False
         self._has_asked = False
         self._looked_at = 0.0
+        self._said_at: float | None = None
         self._thread: Thread | None = None
         self._lock = Lock()
         self._wake = Event()
@@ -344,12 +374,20 @@ class Circuits:
         if found is not None:
             return found
         check_name(name)
-        options = self._options.get(name) or CircuitOptions()
-        return self._circuits.setdefault(name, Circuit(self, name, options))
+        return self._circuits.setdefault(name, Circuit(self, name))
 
-    def names(self) -> list[str]:
-        """The circuits that the app says something about, and those in use here."""
-        return sorted({*self._options, *self._circuits})
+    @cached_property
+    def is_off(self) -> bool:
+        """Whether every call is let through, and none counts."""
+        return self._get_is_off()
+
+    @cached_property
+    def _options(self) -> Mapping[str, CircuitOptions]:
+        return self._get_options()
+
+    def options_of(self, name: str) -> CircuitOptions:
+        """What the app says about a circuit, or the defaults."""
+        return self._options.get(name) or CircuitOptions()
 
     def share(self) -> None:
         """This is a worker's main process, before it has children."""
@@ -370,6 +408,9 @@ class Circuits:
 
     def refresh(self, circuit: Circuit, now: float) -> None:
         """Make what is known of *circuit* fresh, or as good as can be; never raises."""
+        if self.is_off:
+            return
+        circuit.options  # noqa: B018 -- a wrong one is said before anybody is asked
         circuit.used_at = now
         page = self._page
         if page is not None:
@@ -397,6 +438,8 @@ class Circuits:
             try:
                 wait_s = WAIT_S if self._has_asked else FIRST_WAIT_S
                 return answer_within(wait_s, lambda: self._do(circuit, change))
+            except TooBusy:
+                raise
             except Exception as exc:
                 self._has_asked = True
                 self._went_away(exc)
@@ -434,7 +477,7 @@ class Circuits:
             if stored.version == new.version:
                 self._changed(circuit, before, after)
                 return result
-        raise StoreUnavailable(f"circuit {circuit.name}: others are always quicker")
+        raise TooBusy
 
     def _read(self, store: CircuitStore, circuits: Iterable[Circuit]) -> None:
         by_name = {circuit.name: circuit for circuit in circuits}
@@ -503,9 +546,12 @@ class Circuits:
             self._local = local
             self._looked_at = self.clock()
             self._is_away = True
-        logger.warning(
-            "circuits are this process's own while the store is away: %s", exc
-        )
+        is_news = self._said_at is None or self.clock() > self._said_at + SAY_S
+        if is_news:
+            self._said_at = self.clock()
+        level = logging.WARNING if is_news else logging.DEBUG
+        said = "circuits are this process's own while the store is away: %s"
+        logger.log(level, said, exc)
         emit("circuits.store_away", error=str(exc))
         self.wake()
 
@@ -518,13 +564,13 @@ class Circuits:
         if store is None:
             return
         try:
-            store.read(self.names()[:1])
+            store.read(list(self._circuits)[:1])
         except Exception:
             return
         with self._lock:
             self._is_away = False
             self._local = None
-        logger.warning("the store of circuits is back")
+        logger.info("the store of circuits is back")
         emit("circuits.store_back")
 
     # --- the thread --------------------------------------------------------------------
@@ -582,6 +628,8 @@ class Circuits:
 
         try:
             self._do(circuit, change)
+        except TooBusy:
+            return  # of what so many see, one may be missing
         except ResilienceError as exc:
             if self._is_away:
                 raise

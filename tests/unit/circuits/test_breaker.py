@@ -74,7 +74,7 @@ def make(clock: Clock) -> Make:
 
     def breaker(**options: Any) -> FleetBreaker:
         given = {"bank": CircuitOptions(**{**QUICK, **options})}
-        fleet = Circuits(lambda: store, given)
+        fleet = Circuits(lambda: store, lambda: given)
         return FleetBreaker(fleet, fleet.get("bank"))
 
     return breaker

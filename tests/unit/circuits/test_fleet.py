@@ -72,7 +72,9 @@ def store() -> Iterator[CountingStore]:
 def process(store: Any, **options: Any) -> Circuit:
     """The circuit "bank" in a process."""
     given = {"min_calls": 3, "open_s": 600.0, "jitter": 0.0, **options}
-    return Circuits(lambda: store, {"bank": CircuitOptions(**given)}).get("bank")
+    return Circuits(lambda: store, lambda: {"bank": CircuitOptions(**given)}).get(
+        "bank"
+    )
 
 
 def call(circuit: Circuit, is_success: bool | None = True) -> bool:
@@ -281,7 +283,7 @@ def _slot(name: str) -> int:
 def test_a_name_that_is_none_is_refused(name: Any) -> None:
     """Before anything is asked."""
     with pytest.raises(ConfigurationError, match="a circuit's name must be"):
-        Circuits(lambda: None, {}).get(name)
+        Circuits(lambda: None, dict).get(name)
 
 
 # --- as a fleet -------------------------------------------------------------------------------

@@ -161,6 +161,34 @@ def test_pybreaker_is_not_imported_without_circuits() -> None:
     assert printed == "False"
 
 
+def test_settings_are_read_when_a_circuit_is_used() -> None:
+    """A decorated function is there before the app is configured."""
+    app = Celery("shop", set_as_current=False, broker="memory://")
+    resilience = Resilience(app)
+
+    @resilience.circuit("bank")
+    def pay() -> str:
+        return "paid"
+
+    app.conf.resilience_store_url = "redis://127.0.0.1:9/0"
+    app.conf.resilience_circuits = {"bank": {"open_s": 7}}
+    assert pay() == "paid"
+    assert resilience.circuit("bank")._circuit.options.open_s == 7
+
+
+def test_circuits_are_off_with_the_rest() -> None:
+    """As plain Celery: every call is let through, and nobody is asked."""
+    app = app_with()
+    app.conf.resilience_enabled = False
+    app.conf.resilience_circuits = {"bank": {"min_calls": 1}}
+    circuit = install(app).breakers.get("bank")
+    for _ in range(3):
+        with pytest.raises(ConnectionError), circuit:
+            raise ConnectionError
+    assert circuit.current_state == "closed"
+    assert circuit._circuit.note.read_at == 0
+
+
 # --- how long a task waits ----------------------------------------------------------------
 
 
