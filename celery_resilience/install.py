@@ -287,7 +287,15 @@ class Installation:
         options = self.app.conf.broker_transport_options or {}
         # kombu's own for Redis, where nobody has set another.
         visible_s = float(options.get("visibility_timeout") or 3_600.0)
-        return when_open(task, request, exc, args, kwargs, visible_s=visible_s)
+        return when_open(
+            task,
+            request,
+            exc,
+            args,
+            kwargs,
+            breakers=self.breakers,
+            visible_s=visible_s,
+        )
 
     @property
     def app_dir(self) -> Path:

@@ -337,6 +337,16 @@ class FleetBreaker(pybreaker.CircuitBreaker):
 
     state = property(_look, _ignore)
 
+    def return_in_s(self, generation: int) -> float | None:
+        """
+        Seconds after it may be tried until one more waiting task should come back.
+
+        Returns:
+            None: nobody knows how many wait.
+        """
+        number = self._fleet.ticket(self._circuit, generation)
+        return None if number is None else number / self._circuit.options.release_per_s
+
     @property
     def fleet_state(self) -> State:
         """All that is known of the circuit."""

@@ -60,6 +60,9 @@ LOOK_S = 1.0
 #: Seconds within which it is said once that the store is away.
 SAY_S = 60.0
 
+#: Tickets that a process takes at once.
+TICKETS = 10
+
 #: How often is tried what another process was quicker with.
 TRIES = 50
 QUICK_TRIES = 3
@@ -356,6 +359,7 @@ class Circuits:
         self._local: MemoryCircuitStore | None = None
         self._is_away = False
         self._has_asked = False
+        self._tickets: dict[str, tuple[int, int, int]] = {}
         self._looked_at = 0.0
         self._said_at: float | None = None
         self._thread: Thread | None = None
@@ -444,6 +448,35 @@ class Circuits:
                 self._has_asked = True
                 self._went_away(exc)
         return self._do(circuit, change)
+
+    def ticket(self, circuit: Circuit, generation: int) -> int | None:
+        """
+        A number that no other task of the fleet has, from 0 in each generation.
+
+        Returns:
+            None: the store did not answer.
+        """
+        with self._lock:
+            of, number, end = self._tickets.get(circuit.name, (generation, 0, 0))
+            if of == generation and number < end:
+                self._tickets[circuit.name] = of, number + 1, end
+                return number
+        store = self._local if self._is_away else self._store()
+        if store is None:
+            return None
+
+        def take() -> int:
+            kept_s = 2 * circuit.options.max_open_s + 3_600.0
+            return store.tickets(circuit.name, generation, TICKETS, keep_s=kept_s)
+
+        try:
+            number = answer_within(WAIT_S, take)
+        except Exception as exc:
+            self._went_away(exc)
+            return None
+        with self._lock:
+            self._tickets[circuit.name] = generation, number + 1, number + TICKETS
+        return number
 
     def order(self, circuit: Circuit, change: Change[Result]) -> Result:
         """
@@ -645,6 +678,7 @@ class Circuits:
         self._wake = Event()
         self._thread = None
         self._has_asked = False
+        self._tickets = {}
         self._is_page_ours = False
         for circuit in self._circuits.values():
             circuit.after_fork()

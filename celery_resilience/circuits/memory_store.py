@@ -19,6 +19,7 @@ class MemoryCircuitStore:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = Lock()
+        self._tickets: dict[str, tuple[int, int]] = {}
         self._circuits: dict[str, tuple[float, Stored]] = {}
 
     def read(self, names: Sequence[str]) -> Answer:
@@ -37,6 +38,15 @@ class MemoryCircuitStore:
                 self._circuits[name] = now + keep_s, new
                 it = new
         return Answer(now, {name: it} if it.version else {})
+
+    def tickets(self, name: str, generation: int, count: int, *, keep_s: float) -> int:
+        """Take tickets; those of an older generation are forgotten."""
+        with self._lock:
+            of, first = self._tickets.get(name, (generation, 0))
+            if of != generation:
+                first = 0
+            self._tickets[name] = generation, first + count
+        return first
 
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten."""

@@ -32,6 +32,8 @@ class CircuitOptions:
             succeed for it to close.
         probe_lease_s: Seconds after which another probe replaces one that was not
             heard of.
+        release_per_s: Waiting tasks that come back each second, from when it may be
+            tried.
         exclude: Types of exceptions that count nothing, as pybreaker's.
     """
 
@@ -45,6 +47,7 @@ class CircuitOptions:
     jitter: float = 0.1
     probes: int = 1
     probe_lease_s: float = 60.0
+    release_per_s: float = 50.0
     exclude: tuple[type[BaseException], ...] = ()
 
 
@@ -81,6 +84,10 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
     "jitter": (lambda v: _is_number(v) and 0 <= v <= 1, "a share from 0 to 1"),
     "probes": _COUNT,
     "probe_lease_s": _SECONDS,
+    "release_per_s": (
+        lambda v: _is_number(v) and 0 < v <= 1_000_000,
+        "a number above 0",
+    ),
     "exclude": (
         lambda v: (
             isinstance(v, list | tuple)

@@ -213,7 +213,8 @@ def enter(
     if state.forced_at(now) is Forced.SHADOW:
         return state, Entry(True)
     first = min((lease.until for lease in leases), default=now)
-    return state, Entry(False, retry_after_s=min(_wait(first - now), options.open_s))
+    # The probe may end at any moment, and its process may be dead.
+    return state, Entry(False, retry_after_s=min(_wait(first - now), ASK_AGAIN_S))
 
 
 def count(

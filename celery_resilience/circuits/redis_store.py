@@ -36,6 +36,11 @@ class RedisCircuitStore:
         found = self._run("swap", name, seen, new.version, new.text, kept_ms)
         return self._answer(found, [name])
 
+    def tickets(self, name: str, generation: int, count: int, *, keep_s: float) -> int:
+        """Take tickets, in one round trip."""
+        kept_ms = int(keep_s * 1000) + 1
+        return int(self._run("tickets", name, generation, count, kept_ms))
+
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten."""
         self._server.ready(ROOM, VERSION)

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Column,
+    Connection,
     Float,
+    Integer,
     SmallInteger,
     String,
+    case,
     delete,
     literal,
     or_,
@@ -35,7 +39,15 @@ circuits = table(
     Column("text", LongText, nullable=False),
 )
 
-TABLES = [circuits]
+tickets = table(
+    "resilience_circuit_tickets",
+    Column("namespace", String(64), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("generation", BigInteger, nullable=False),
+    Column("taken", Integer, nullable=False),
+)
+
+TABLES = [circuits, tickets]
 
 
 class SqlCircuitStore:
@@ -95,6 +107,35 @@ class SqlCircuitStore:
             )
         self._database.statements.run_once(statement)
         return self.read([name])
+
+    def tickets(self, name: str, generation: int, count: int, *, keep_s: float) -> int:
+        """Take tickets; those of an older generation are forgotten."""
+        self._ready()
+        mine = (tickets.c.namespace == self._namespace, tickets.c.name == name)
+        row = {
+            "namespace": self._namespace,
+            "name": name,
+            "generation": generation,
+            "taken": 0,
+        }
+        is_same = tickets.c.generation == generation
+        # MySQL assigns from left to right.
+        taken = (
+            update(tickets)
+            .where(*mine)
+            .ordered_values(
+                (tickets.c.taken, case((is_same, tickets.c.taken), else_=0) + count),
+                (tickets.c.generation, generation),
+            )
+        )
+
+        def took(connection: Connection) -> int:
+            self._database.insert_new(connection, tickets, [row])
+            connection.execute(taken)
+            query = select(tickets.c.taken).where(*mine)
+            return int(connection.execute(query).scalar_one())
+
+        return self._database.write(took) - count
 
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten; those that are go."""

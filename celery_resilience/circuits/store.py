@@ -63,6 +63,18 @@ class CircuitStore(Protocol):
         """
         ...
 
+    def tickets(self, name: str, generation: int, count: int, *, keep_s: float) -> int:
+        """
+        Take *count* tickets, each of which is given once in a generation.
+
+        Args:
+            keep_s: Seconds after which they may be forgotten if nobody takes one.
+
+        Returns:
+            The first of them; the first of a generation is 0.
+        """
+        ...
+
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten, in any order."""
         ...

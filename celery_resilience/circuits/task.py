@@ -164,6 +164,7 @@ def when_open(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
+    breakers: Breakers,
     visible_s: float,
 ) -> Any:
     """
@@ -171,6 +172,7 @@ def when_open(
 
     Args:
         exc: What the circuit raised.
+        breakers: Those of the process.
         visible_s: After so many seconds the broker may deliver a held message again.
 
     Returns:
@@ -192,24 +194,34 @@ def when_open(
 
         waited = f"circuit {exc.name} has kept the task waiting for {now - since:.0f} s"
         raise CircuitOpen(waited, exc.name, exc.retry_after_s, exc.generation) from None
-    raise CircuitSnooze(
-        snooze_s(exc.retry_after_s, random.random(), visible_s), exc.name, since
-    ) from None
+    turn_s = None
+    if exc.generation:  # not of a pybreaker of the app's own
+        turn_s = breakers.get(exc.name).return_in_s(exc.generation)
+    wait_s = snooze_s(exc.retry_after_s, turn_s, random.random(), visible_s)
+    raise CircuitSnooze(wait_s, exc.name, since) from None
 
 
-def snooze_s(retry_after_s: float, chance: float, visible_s: float) -> float:
+def snooze_s(
+    retry_after_s: float, turn_s: float | None, chance: float, visible_s: float
+) -> float:
     """
     Seconds until a task looks again: not all at once, nor held for too long.
 
     Args:
         retry_after_s: Until the circuit lets somebody try.
+        turn_s: From then until it is this task's turn; None: nobody knows how many
+            wait.
         chance: From 0 to 1.
         visible_s: After so many seconds the broker may deliver a held message again.
     """
-    spread_s = max(MIN_SPREAD_S, retry_after_s)
     most_s = min(MAX_SNOOZE_S, visible_s / 2)
+    if turn_s is not None and retry_after_s + turn_s <= most_s:
+        return retry_after_s + turn_s
+    if turn_s is not None:
+        # Not piled up at the cap; then they take other tickets.
+        return most_s * (1 + chance) / 2
+    spread_s = max(MIN_SPREAD_S, retry_after_s)
     if retry_after_s + spread_s > most_s:
-        # Spread where they are held, not piled up at the cap.
         spread_s = most_s / 2
         retry_after_s = min(retry_after_s, most_s - spread_s)
     return retry_after_s + chance * spread_s

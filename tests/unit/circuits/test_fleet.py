@@ -133,6 +133,15 @@ def test_failures_are_told_several_at_once(store: CountingStore) -> None:
     assert store.trips < 10
 
 
+def test_tickets_are_taken_several_at_once(store: CountingStore) -> None:
+    """And each process has its own."""
+    one, two = process(store), process(store)
+    taken = [c._fleet.ticket(c, 7) for c in [one] * 15 + [two] * 5]
+
+    assert taken == [*range(10), *range(10, 15), *range(20, 25)]
+    assert one._fleet.ticket(one, 8) == 0
+
+
 # --- without a store ---------------------------------------------------------------------
 
 

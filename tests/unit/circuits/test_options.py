@@ -18,6 +18,7 @@ GOOD: list[dict[str, Any]] = [
     {},
     {"failure_rate": 1, "window_s": 0.5, "min_calls": 1, "consecutive": 5},
     {"slow_call_s": 2.5, "open_s": 5, "max_open_s": 5, "jitter": 0},
+    {"release_per_s": 0.5},
     {"probes": 3, "probe_lease_s": 10, "exclude": [ValueError]},
     {"open_s": 3_600},
     {"queues": []},
@@ -38,6 +39,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("jitter", 2, "a share from 0 to 1"),
     ("probes", None, "a whole number from 1"),
     ("probe_lease_s", 0, "a number of seconds above 0"),
+    ("release_per_s", 0, "a number above 0"),
     ("exclude", ValueError, "a list of types of exceptions"),
     ("exclude", ["ValueError"], "a list of types of exceptions"),
 ]
@@ -206,6 +208,22 @@ def test_a_snooze_is_spread_and_capped(
     retry_after_s: float, visible_s: float, least_s: float, most_s: float
 ) -> None:
     """Never beyond half the visibility timeout."""
-    assert snooze_s(retry_after_s, 0.0, visible_s) == pytest.approx(least_s)
-    assert snooze_s(retry_after_s, 1.0, visible_s) == pytest.approx(most_s)
+    assert snooze_s(retry_after_s, None, 0.0, visible_s) == pytest.approx(least_s)
+    assert snooze_s(retry_after_s, None, 1.0, visible_s) == pytest.approx(most_s)
     assert most_s <= visible_s / 2
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "waits_s"), [(0.0, 10.0), (0.02, 10.02), (90.0, 100.0)]
+)
+def test_a_ticket_says_when(turn_s: float, waits_s: float) -> None:
+    """The first comes back as soon as the circuit may be tried."""
+    assert snooze_s(10, turn_s, 0.7, 3_600) == pytest.approx(waits_s)
+
+
+def test_turns_beyond_the_cap_are_spread_below_it() -> None:
+    """Not piled up at it."""
+    waits = [snooze_s(10, 5_000, chance / 10, 3_600) for chance in range(11)]
+
+    assert min(waits) == pytest.approx(450)
+    assert max(waits) == pytest.approx(900)

@@ -156,6 +156,31 @@ def test_one_of_many_at_once_replaces_it(make_store: MakeStore) -> None:
         seen = answers[0][1].version
 
 
+def test_each_ticket_is_given_once(make_store: MakeStore) -> None:
+    """To whoever asks at the same time; each generation begins at 0."""
+    namespace = fresh_name("shop")
+    store = make_store(namespace)
+    assert store.tickets("bank", 5, 10, keep_s=60) == 0
+    assert store.tickets("bank", 5, 1, keep_s=60) == 10
+    assert store.tickets("mail", 5, 1, keep_s=60) == 0
+    assert store.tickets("bank", 6, 3, keep_s=60) == 0
+    assert store.tickets("bank", 6, 3, keep_s=60) == 3
+    taken: list[int] = []
+
+    def take() -> None:
+        own = make_store(namespace)
+        taken.extend(own.tickets("bank", 1_795_622_663, 1, keep_s=60) for _ in "abc")
+
+    threads = [Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(taken) == list(range(18))
+    assert store.names() == []
+
+
 @pytest.mark.parametrize("url", AWAY)
 def test_a_store_that_is_away_says_so(url: str) -> None:
     """Nothing is made up."""
