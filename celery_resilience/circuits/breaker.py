@@ -141,14 +141,18 @@ class FleetBreaker(pybreaker.CircuitBreaker):
 
     # --- a call ----------------------------------------------------------------------
 
-    def enter(self) -> Permit:
+    def enter(self, *, can_wait: bool = False) -> Permit:
         """
         Begin a call.
+
+        Args:
+            can_wait: Refused, it comes again: so it is, too, where after the circuit
+                has closed enough run at once.
 
         Raises:
             CircuitOpen: The circuit is open.
         """
-        return self._entered_as(self._circuit.enter())
+        return self._entered_as(self._circuit.enter(can_wait=can_wait))
 
     def _entered_as(self, permit: Permit | Entry) -> Permit:
         if isinstance(permit, Entry):
@@ -337,15 +341,22 @@ class FleetBreaker(pybreaker.CircuitBreaker):
 
     state = property(_look, _ignore)
 
-    def return_in_s(self, generation: int) -> float | None:
+    def return_in_s(self, refused: CircuitIsOpen) -> float | None:
         """
-        Seconds after it may be tried until one more waiting task should come back.
+        Seconds until it is the turn of one more waiting task.
 
         Returns:
             None: nobody knows how many wait.
         """
-        number = self._fleet.ticket(self._circuit, generation)
-        return None if number is None else number / self._circuit.options.release_per_s
+        number = self._fleet.ticket(self._circuit, refused.generation)
+        if number is None:
+            return None
+        state = self._circuit.state
+        first_s = refused.retry_after_s
+        if state.position is Position.CLOSED and state.forced is None:
+            # They have come back since it was closed.
+            first_s = state.closed_at - self._circuit.store_now()
+        return first_s + number / self._circuit.options.release_per_s
 
     @property
     def fleet_state(self) -> State:
@@ -412,9 +423,12 @@ class PlainBreaker:
     def __init__(self, breaker: pybreaker.CircuitBreaker) -> None:
         self._breaker = breaker
 
-    def enter(self) -> Any:
+    def enter(self, *, can_wait: bool = False) -> Any:
         """
         Begin a call.
+
+        Args:
+            can_wait: Nothing to a breaker of the app's own.
 
         Raises:
             CircuitOpen: The breaker is open.

@@ -79,11 +79,13 @@ class Permit(NamedTuple):
         generation: In which it began.
         token: Of its lease where it is a probe.
         started: By the monotonic clock.
+        slot: What it gives back where so many may run at once.
     """
 
     generation: int
     token: str
     started: float
+    slot: str = ""
 
 
 class Circuit:
@@ -133,9 +135,12 @@ class Circuit:
 
     # --- a call ----------------------------------------------------------------------
 
-    def enter(self) -> Permit | Entry:
+    def enter(self, *, can_wait: bool = False) -> Permit | Entry:
         """
         Let a call through, or not.
+
+        Args:
+            can_wait: Refused, it comes again: it may be refused for the limit too.
 
         Returns:
             What `leave` takes; or the refusal.
@@ -150,9 +155,17 @@ class Circuit:
         entry = policy.entry_now(self._state, now + self._note.offset)
         if entry is None:
             entry = self._ask_to_enter()
-        if entry.is_allowed:
+        if not entry.is_allowed:
+            return entry
+        if not (can_wait and self._state.limit) or entry.token:
             return Permit(self._state.generation, entry.token, now)
-        return entry
+        slot = self._fleet.take_slot(self, int(self._state.limit))
+        if slot is None:
+            with self._lock:
+                self._is_limited = True
+            self._fleet.wake()
+            return Entry(False, retry_after_s=policy.ASK_AGAIN_S)
+        return Permit(self._state.generation, "", now, slot)
 
     @property
     def may_ask(self) -> bool:
@@ -178,6 +191,8 @@ class Circuit:
         """
         if self._fleet.is_off:
             return
+        if permit.slot:
+            self._fleet.give_slot(self, permit.slot)
         now = self._clock()
         if is_success and now - permit.started >= self._slow_s:
             is_success = False
@@ -223,7 +238,6 @@ class Circuit:
             after = policy.probed(
                 state,
                 self.options,
-                generation=permit.generation,
                 token=permit.token,
                 is_success=is_success,
                 now=now,
@@ -275,7 +289,9 @@ class Circuit:
                     self._state = State()
             self._note = note
             self._is_plain = (
-                self._state.position is Position.CLOSED and self._state.forced is None
+                self._state.position is Position.CLOSED
+                and self._state.forced is None
+                and not self._state.limit
             )
             self._fresh_until = note.read_at + FRESH_S
             state = self._state
@@ -284,16 +300,12 @@ class Circuit:
             if self._state.generation != self._generation:
                 self._new_report()
 
-    def take_report(self, *, is_all: bool) -> Report | None:
-        """
-        What has not been told yet.
-
-        Args:
-            is_all: Also where no call has failed.
-        """
+    def take_report(self) -> Report | None:
+        """What has not been told yet, and is of interest: somewhere a call failed."""
         with self._lock:
-            if not self._parts or not (
-                is_all or self._has_failure or self._state.parts
+            if not self._is_limited and (
+                not self._parts
+                or not (self._has_failure or self._state.parts or self._state.limit)
             ):
                 return None
             report = Report(
@@ -302,6 +314,7 @@ class Circuit:
                 streak=self._streak,
                 is_all_failed=self._is_all_failed,
                 retry_after_s=self._retry_after_s,
+                is_limited=self._is_limited,
             )
             self._new_report()
             return report
@@ -317,6 +330,7 @@ class Circuit:
         self._streak = 0
         self._is_all_failed = True
         self._has_failure = False
+        self._is_limited = False
         self._retry_after_s = None
 
     def _new_part(self, number: int) -> list[int]:
@@ -478,6 +492,36 @@ class Circuits:
             self._tickets[circuit.name] = generation, number + 1, number + TICKETS
         return number
 
+    def take_slot(self, circuit: Circuit, limit: int) -> str | None:
+        """
+        One of the slots for tasks that run at once.
+
+        Returns:
+            What is given back; "" where the store did not answer; None: all are taken.
+        """
+        store = None if self._is_away else self._store()
+        if store is None:
+            return ""
+        token, lease_s = secrets.token_hex(8), circuit.options.probe_lease_s
+
+        def take() -> bool:
+            return store.take_slot(circuit.name, token, limit=limit, lease_s=lease_s)
+
+        try:
+            return token if answer_within(WAIT_S, take) else None
+        except Exception as exc:
+            self._went_away(exc)
+            return ""
+
+    def give_slot(self, circuit: Circuit, token: str) -> None:
+        """Give a slot back; never raises, as it lapses."""
+        store = None if self._is_away else self._store()
+        if store is not None:
+            try:
+                answer_within(WAIT_S, lambda: store.give_slot(circuit.name, token))
+            except Exception as exc:
+                self._went_away(exc)
+
     def order(self, circuit: Circuit, change: Change[Result]) -> Result:
         """
         Change a circuit for the fleet, or not at all: an operator asks.
@@ -638,7 +682,7 @@ class Circuits:
                 circuit.used_at = max(circuit.used_at, used_at)
         to_read = []
         for circuit in list(self._circuits.values()):
-            report = circuit.take_report(is_all=False)
+            report = circuit.take_report()
             if report is not None:
                 self._tell(circuit, report)
             elif (

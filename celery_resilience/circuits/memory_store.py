@@ -20,6 +20,7 @@ class MemoryCircuitStore:
         self._clock = clock
         self._lock = Lock()
         self._tickets: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, dict[str, float]] = {}
         self._circuits: dict[str, tuple[float, Stored]] = {}
 
     def read(self, names: Sequence[str]) -> Answer:
@@ -47,6 +48,23 @@ class MemoryCircuitStore:
                 first = 0
             self._tickets[name] = generation, first + count
         return first
+
+    def take_slot(self, name: str, token: str, *, limit: int, lease_s: float) -> bool:
+        """Take one of *limit* slots for a task that runs."""
+        with self._lock:
+            now = self._clock()
+            slots = self._slots.get(name, {})
+            slots = {it: until for it, until in slots.items() if now < until}
+            has_one = len(slots) < limit
+            if has_one:
+                slots[token] = now + lease_s
+            self._slots[name] = slots
+        return has_one
+
+    def give_slot(self, name: str, token: str) -> None:
+        """Give a slot back."""
+        with self._lock:
+            self._slots.get(name, {}).pop(token, None)
 
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten."""

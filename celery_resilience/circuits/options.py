@@ -34,6 +34,8 @@ class CircuitOptions:
             heard of.
         release_per_s: Waiting tasks that come back each second, from when it may be
             tried.
+        ramp_from: Tasks that run at once in the fleet after it has closed; one more
+            each time so many have succeeded, fewer where one fails. None: any number.
         exclude: Types of exceptions that count nothing, as pybreaker's.
     """
 
@@ -48,6 +50,7 @@ class CircuitOptions:
     probes: int = 1
     probe_lease_s: float = 60.0
     release_per_s: float = 50.0
+    ramp_from: int | None = 2
     exclude: tuple[type[BaseException], ...] = ()
 
 
@@ -88,6 +91,7 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
         lambda v: _is_number(v) and 0 < v <= 1_000_000,
         "a number above 0",
     ),
+    "ramp_from": (lambda v: v is None or _is_count(v), f"{_COUNT[1]}, or None"),
     "exclude": (
         lambda v: (
             isinstance(v, list | tuple)

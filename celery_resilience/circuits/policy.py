@@ -20,6 +20,13 @@ PARTS = 10
 #: Seconds until a refused call may ask again where no time is known.
 ASK_AGAIN_S = 1.0
 
+#: Seconds without a refusal after which a closed circuit has no limit any more.
+QUIET_S = 10.0
+
+#: What a failure leaves of the limit, at most once in so many seconds.
+CUT = 0.7
+CUT_EVERY_S = 1.0
+
 #: Seconds that an operator's word holds where none are given.
 FORCED_S = 3_600.0
 
@@ -83,6 +90,10 @@ class State:
         leases: The probes that run.
         successes: Probes that have succeeded.
         forced: What an operator has said, until `forced_until`.
+        closed_at: When it was closed last.
+        limit: How many tasks run at once after it has closed; 0: any number.
+        limited_at: When one was refused last for that.
+        cut_at: When a failure has cut the limit last.
     """
 
     generation: int = 0
@@ -96,6 +107,10 @@ class State:
     successes: int = 0
     forced: Forced | None = None
     forced_until: float = 0.0
+    closed_at: float = 0.0
+    limit: float = 0.0
+    limited_at: float = 0.0
+    cut_at: float = 0.0
 
     def forced_at(self, now: float) -> Forced | None:
         """What an operator has said, if it still holds."""
@@ -154,6 +169,7 @@ class Report(NamedTuple):
         streak: Failures after the last success, at the end.
         is_all_failed: There was no success.
         retry_after_s: What the dependency itself asks for, if it does.
+        is_limited: A task was refused for the limit.
     """
 
     generation: int
@@ -161,6 +177,7 @@ class Report(NamedTuple):
     streak: int = 0
     is_all_failed: bool = False
     retry_after_s: float | None = None
+    is_limited: bool = False
 
 
 def part_number(now: float, options: CircuitOptions) -> int:
@@ -247,14 +264,29 @@ def count(
     is_streak = options.consecutive is not None and streak >= options.consecutive
     if is_failing or is_streak:
         return _opened(state, options, now, chance, report.retry_after_s)
-    return state
+    return _limited(state, report, now) if state.limit else state
+
+
+def _limited(state: State, report: Report, now: float) -> State:
+    """One more at once each time so many have succeeded; fewer where one fails."""
+    failures = sum(part.failures for part in report.parts)
+    successes = sum(part.calls for part in report.parts) - failures
+    limited_at = now if report.is_limited else state.limited_at
+    if now > limited_at + QUIET_S:
+        return replace(state, limit=0.0)
+    if failures and now < state.cut_at + CUT_EVERY_S:
+        return replace(state, limited_at=limited_at)
+    if failures:
+        limit = max(1.0, state.limit * CUT)
+        return replace(state, limit=limit, limited_at=limited_at, cut_at=now)
+    limit = state.limit + successes / state.limit
+    return replace(state, limit=limit, limited_at=limited_at)
 
 
 def probed(
     state: State,
     options: CircuitOptions,
     *,
-    generation: int,
     token: str,
     is_success: bool | None,
     now: float,
@@ -267,19 +299,15 @@ def probed(
     Args:
         state: What is so before.
         options: The circuit's.
-        generation: In which the probe began.
-        token: Of its lease; where that has lapsed, nothing changes.
+        token: Of its lease; where that has lapsed, or the circuit has changed since,
+            nothing changes.
         is_success: None: it counts nothing, and the lease is given back.
         now: By the store's clock.
         chance: From 0 to 1, of the jitter.
         retry_after_s: What the dependency itself asks for, if it does.
     """
     leases = tuple(lease for lease in state.leases if lease.token != token)
-    if (
-        generation != state.generation
-        or state.position is not Position.HALF_OPEN
-        or len(leases) == len(state.leases)
-    ):
+    if len(leases) == len(state.leases):
         return state
     if is_success is None:
         return replace(state, leases=leases)
@@ -288,13 +316,15 @@ def probed(
     successes = state.successes + 1
     if successes < options.probes:
         return replace(state, leases=leases, successes=successes)
-    return closed(state, now=now)
+    limit = float(options.ramp_from or 0)
+    return replace(closed(state, now=now), limit=limit, limited_at=now)
 
 
 def closed(state: State, *, now: float) -> State:
     """The circuit closed and its window empty; what an operator has said stays."""
     return State(
         generation=_next(state, now),
+        closed_at=now,
         forced=state.forced,
         forced_until=state.forced_until,
     )
@@ -358,6 +388,7 @@ def _opened(
         openings=openings,
         leases=(),
         successes=0,
+        limit=0.0,
     )
 
 

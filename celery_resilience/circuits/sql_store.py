@@ -15,6 +15,7 @@ from sqlalchemy import (
     String,
     case,
     delete,
+    func,
     literal,
     or_,
     select,
@@ -47,7 +48,15 @@ tickets = table(
     Column("taken", Integer, nullable=False),
 )
 
-TABLES = [circuits, tickets]
+slots = table(
+    "resilience_circuit_slots",
+    Column("namespace", String(64), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("token", String(32), primary_key=True),
+    Column("lease_until", Float(53), nullable=False),
+)
+
+TABLES = [circuits, tickets, slots]
 
 
 class SqlCircuitStore:
@@ -112,12 +121,7 @@ class SqlCircuitStore:
         """Take tickets; those of an older generation are forgotten."""
         self._ready()
         mine = (tickets.c.namespace == self._namespace, tickets.c.name == name)
-        row = {
-            "namespace": self._namespace,
-            "name": name,
-            "generation": generation,
-            "taken": 0,
-        }
+        row = self._ticket_row(name, generation)
         is_same = tickets.c.generation == generation
         # MySQL assigns from left to right.
         taken = (
@@ -136,6 +140,52 @@ class SqlCircuitStore:
             return int(connection.execute(query).scalar_one())
 
         return self._database.write(took) - count
+
+    def take_slot(self, name: str, token: str, *, limit: int, lease_s: float) -> bool:
+        """Take one of *limit* slots for a task that runs."""
+        self._ready()
+        now = self._database.now()
+        mine = (slots.c.namespace == self._namespace, slots.c.name == name)
+        # One at a time: who counts has this row.
+        locked = (
+            update(tickets)
+            .where(tickets.c.namespace == self._namespace, tickets.c.name == name)
+            .values(taken=tickets.c.taken)
+        )
+
+        def took(connection: Connection) -> bool:
+            row = self._ticket_row(name, 0)
+            self._database.insert_new(connection, tickets, [row])
+            connection.execute(locked)
+            connection.execute(delete(slots).where(*mine, slots.c.lease_until <= now))
+            query = select(func.count()).select_from(slots).where(*mine)
+            if connection.execute(query).scalar_one() >= limit:
+                return False
+            connection.execute(
+                slots.insert().values(
+                    namespace=self._namespace,
+                    name=name,
+                    token=token,
+                    lease_until=now + lease_s,
+                )
+            )
+            return True
+
+        return self._database.write(took)
+
+    def give_slot(self, name: str, token: str) -> None:
+        """Give a slot back."""
+        self._ready()
+        statement = delete(slots).where(
+            slots.c.namespace == self._namespace,
+            slots.c.name == name,
+            slots.c.token == token,
+        )
+        self._database.statements.run_once(statement)
+
+    def _ticket_row(self, name: str, generation: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"namespace": self._namespace, "name": name}
+        return {**row, "generation": generation, "taken": 0}
 
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten; those that are go."""

@@ -75,6 +75,23 @@ class CircuitStore(Protocol):
         """
         ...
 
+    def take_slot(self, name: str, token: str, *, limit: int, lease_s: float) -> bool:
+        """
+        Take one of *limit* slots for a task that runs.
+
+        Args:
+            token: That nobody has used.
+            lease_s: Seconds after which it is another's, if it is not given back.
+
+        Returns:
+            Whether there was one.
+        """
+        ...
+
+    def give_slot(self, name: str, token: str) -> None:
+        """Give a slot back."""
+        ...
+
     def names(self) -> Sequence[str]:
         """The circuits that are not forgotten, in any order."""
         ...

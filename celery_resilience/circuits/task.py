@@ -72,9 +72,13 @@ class TaskCircuit:
     Args:
         circuit: Its name; or the user's own `pybreaker.CircuitBreaker`.
         breakers: Those of the process.
+        can_wait: The task is snoozed where it is refused.
     """
 
-    def __init__(self, circuit: Any, breakers: Callable[[], Breakers]) -> None:
+    def __init__(
+        self, circuit: Any, breakers: Callable[[], Breakers], *, can_wait: bool
+    ) -> None:
+        self._can_wait = can_wait
         self._circuit = circuit
         self._breakers = breakers
         self._breaker: FleetBreaker | PlainBreaker | None = None
@@ -88,7 +92,7 @@ class TaskCircuit:
         """
         if self._breaker is None:
             self._breaker = self._made()
-        return self._breaker.enter()
+        return self._breaker.enter(can_wait=self._can_wait)
 
     def leave(self, permit: Any, exc: BaseException | None, task: Any) -> None:
         """
@@ -154,7 +158,7 @@ def task_circuit(
                 "circuit must be the name of a circuit, or a pybreaker.CircuitBreaker, "
                 f"got {circuit!r}"
             )
-    return TaskCircuit(circuit, breakers)
+    return TaskCircuit(circuit, breakers, can_wait=if_open == "snooze")
 
 
 def when_open(
@@ -196,7 +200,7 @@ def when_open(
         raise CircuitOpen(waited, exc.name, exc.retry_after_s, exc.generation) from None
     turn_s = None
     if exc.generation:  # not of a pybreaker of the app's own
-        turn_s = breakers.get(exc.name).return_in_s(exc.generation)
+        turn_s = breakers.get(exc.name).return_in_s(exc)
     wait_s = snooze_s(exc.retry_after_s, turn_s, random.random(), visible_s)
     raise CircuitSnooze(wait_s, exc.name, since) from None
 
@@ -209,14 +213,13 @@ def snooze_s(
 
     Args:
         retry_after_s: Until the circuit lets somebody try.
-        turn_s: From then until it is this task's turn; None: nobody knows how many
-            wait.
+        turn_s: Until it is this task's turn; None: nobody knows how many wait.
         chance: From 0 to 1.
         visible_s: After so many seconds the broker may deliver a held message again.
     """
     most_s = min(MAX_SNOOZE_S, visible_s / 2)
-    if turn_s is not None and retry_after_s + turn_s <= most_s:
-        return retry_after_s + turn_s
+    if turn_s is not None and max(retry_after_s, turn_s) <= most_s:
+        return max(retry_after_s, turn_s)
     if turn_s is not None:
         # Not piled up at the cap; then they take other tickets.
         return most_s * (1 + chance) / 2

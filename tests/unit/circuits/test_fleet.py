@@ -14,6 +14,7 @@ from polling import always, eventually
 from unit.specimens import fresh_name
 
 from celery_resilience.circuits import fleet as fleet_module
+from celery_resilience.circuits import policy
 from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
 from celery_resilience.circuits.memory_store import MemoryCircuitStore
 from celery_resilience.circuits.options import CircuitOptions
@@ -32,7 +33,7 @@ class CountingStore(MemoryCircuitStore):
     A store that counts, and does not answer when it is told so.
 
     Attributes:
-        trips: Round trips.
+        trips, swaps: Round trips, and those that write.
         is_dead: It refuses.
         hangs: It answers when this is set.
     """
@@ -40,6 +41,7 @@ class CountingStore(MemoryCircuitStore):
     def __init__(self) -> None:
         super().__init__(time.time)
         self.trips = 0
+        self.swaps = 0
         self.is_dead = False
         self.hangs = Event()
         self.hangs.set()
@@ -51,6 +53,7 @@ class CountingStore(MemoryCircuitStore):
 
     def swap(self, name: str, seen: str, new: Stored, *, keep_s: float) -> Answer:
         """Counted."""
+        self.swaps += 1
         self._trip()
         return super().swap(name, seen, new, keep_s=keep_s)
 
@@ -101,6 +104,7 @@ def test_a_closed_circuit_asks_nobody(store: CountingStore) -> None:
     assert calls > 1_000
     assert (store.trips - before) / calls < 0.05
     assert store.trips - before <= 8
+    assert store.swaps == 0
 
 
 def test_a_circuit_that_is_not_used_is_not_read(
@@ -140,6 +144,26 @@ def test_tickets_are_taken_several_at_once(store: CountingStore) -> None:
 
     assert taken == [*range(10), *range(10, 15), *range(20, 25)]
     assert one._fleet.ticket(one, 8) == 0
+
+
+def test_after_closing_no_more_run_at_once_than_the_limit(
+    store: CountingStore,
+) -> None:
+    """Of those who can wait; and the limit grows, and goes."""
+    one, two = process(store, probes=1), process(store)
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    one._fleet.order(one, lambda s, now: (policy.half_open(s, now=now), None))
+    assert call(one)
+    eventually(lambda: two.look().limit == 2, within_s=5)
+
+    running = [c.enter(can_wait=True) for c in (one, two, one, two)]
+    assert [isinstance(it, Permit) for it in running] == [True, True, False, False]
+    assert isinstance(two.enter(), Permit)  # one that cannot wait
+    for circuit, permit in zip((one, two), running, strict=False):
+        assert isinstance(permit, Permit)
+        circuit.leave(permit, True)
+    eventually(lambda: one.look().limit > 2.8, within_s=5)
+    assert isinstance(two.enter(can_wait=True), Permit)
 
 
 # --- without a store ---------------------------------------------------------------------

@@ -18,7 +18,8 @@ GOOD: list[dict[str, Any]] = [
     {},
     {"failure_rate": 1, "window_s": 0.5, "min_calls": 1, "consecutive": 5},
     {"slow_call_s": 2.5, "open_s": 5, "max_open_s": 5, "jitter": 0},
-    {"release_per_s": 0.5},
+    {"release_per_s": 0.5, "ramp_from": None},
+    {"ramp_from": 8},
     {"probes": 3, "probe_lease_s": 10, "exclude": [ValueError]},
     {"open_s": 3_600},
     {"queues": []},
@@ -40,6 +41,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("probes", None, "a whole number from 1"),
     ("probe_lease_s", 0, "a number of seconds above 0"),
     ("release_per_s", 0, "a number above 0"),
+    ("ramp_from", 0, "a whole number from 1, or None"),
     ("exclude", ValueError, "a list of types of exceptions"),
     ("exclude", ["ValueError"], "a list of types of exceptions"),
 ]
@@ -214,7 +216,7 @@ def test_a_snooze_is_spread_and_capped(
 
 
 @pytest.mark.parametrize(
-    ("turn_s", "waits_s"), [(0.0, 10.0), (0.02, 10.02), (90.0, 100.0)]
+    ("turn_s", "waits_s"), [(-5.0, 10.0), (10.02, 10.02), (100.0, 100.0)]
 )
 def test_a_ticket_says_when(turn_s: float, waits_s: float) -> None:
     """The first comes back as soon as the circuit may be tried."""

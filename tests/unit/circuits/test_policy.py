@@ -80,7 +80,6 @@ def ended(
     *,
     now: float = 1_031,
     token: str = "a",
-    generation: int | None = None,
     options: CircuitOptions = OPTIONS,
     **more: float,
 ) -> State:
@@ -88,7 +87,6 @@ def ended(
     return policy.probed(
         state,
         options,
-        generation=state.generation if generation is None else generation,
         token=token,
         is_success=is_success,
         now=now,
@@ -256,6 +254,66 @@ def test_a_permit_that_is_given_back_is_the_next_ones() -> None:
     assert policy.enter(state, OPTIONS, now=1_031, token="b")[1].is_allowed
 
 
+# --- after it has closed -----------------------------------------------------------------
+
+
+def ramping(limit: float = 0.0) -> State:
+    """A circuit that has just closed at 1031."""
+    state = ended(probing(), True)
+    return replace(state, limit=limit) if limit else state
+
+
+def told(
+    state: State,
+    calls: int,
+    failures: int = 0,
+    *,
+    at: float = 1_032,
+    is_limited: bool = True,
+) -> State:
+    """The state after a report in a ramp."""
+    it = report(calls, failures, at=at, state=state)._replace(is_limited=is_limited)
+    return policy.count(state, OPTIONS, it, now=at, chance=0.0)
+
+
+def test_after_closing_a_few_run_at_once_and_then_more() -> None:
+    """One more each time so many have succeeded."""
+    state = ramping()
+    assert state.limit == 2
+    assert told(state, 2).limit == 3
+    assert told(told(state, 2), 3).limit == 4
+
+
+def test_a_failure_cuts_the_limit_once_a_second() -> None:
+    """Though several processes tell of it; one always may run."""
+    state = told(ramping(40.0), 9, 1)
+    assert state.limit == 28
+    assert told(state, 1, 1).limit == 28
+    assert told(state, 8, at=1_032.5).limit > 28
+    assert told(state, 9, 1, at=1_034).limit == pytest.approx(19.6)
+    assert told(ramping(1.0), 9, 1).limit == 1
+
+
+def test_the_limit_goes_when_nobody_was_refused_for_it() -> None:
+    """And stays while somebody is."""
+    state = told(ramping(), 5, at=1_035)
+    for at in (1_040.0, 1_049.0, 1_058.0):
+        state = told(state, 5, at=at)
+        assert state.limit
+    assert told(state, 5, at=1_067, is_limited=False).limit
+    assert not told(state, 5, at=1_069, is_limited=False).limit
+
+
+def test_it_opens_within_a_ramp_too() -> None:
+    """And has no limit then, nor where an operator has closed it."""
+    state = told(ramping(), 10, 10)
+    assert state.position is Position.OPEN
+    assert not state.limit
+    assert not policy.closed(state, now=1_040).limit
+    no_ramp = replace(OPTIONS, ramp_from=None)
+    assert not ended(probing(), True, options=no_ramp).limit
+
+
 # --- an operator ------------------------------------------------------------------------
 
 
@@ -359,7 +417,6 @@ class Fleet(RuleBasedStateMachine):
                 is_success,
                 now=self.now,
                 token=token,
-                generation=generation,
                 options=self.options,
             )
         elif is_success is None:

@@ -181,6 +181,35 @@ def test_each_ticket_is_given_once(make_store: MakeStore) -> None:
     assert store.names() == []
 
 
+def test_slots_are_no_more_than_the_limit(make_store: MakeStore) -> None:
+    """Whoever asks at the same time; one that is given back, or has lapsed, is free."""
+    namespace = fresh_name("shop")
+    store = make_store(namespace)
+    assert store.take_slot("bank", "a", limit=2, lease_s=60)
+    assert store.take_slot("bank", "b", limit=2, lease_s=0.05)
+    assert store.take_slot("mail", "a", limit=1, lease_s=60)
+    eventually(lambda: store.take_slot("bank", "c", limit=2, lease_s=60), within_s=5)
+    assert not store.take_slot("bank", "d", limit=2, lease_s=60)
+    store.give_slot("bank", "a")
+    store.give_slot("bank", "never")
+    assert store.take_slot("bank", "e", limit=2, lease_s=60)
+    took: list[bool] = []
+    barrier = Barrier(6)
+
+    def take(number: int) -> None:
+        own = make_store(namespace)
+        barrier.wait()
+        took.append(own.take_slot("bank", f"t{number}", limit=4, lease_s=60))
+
+    threads = [Thread(target=take, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(took) == [False] * 4 + [True] * 2
+
+
 @pytest.mark.parametrize("url", AWAY)
 def test_a_store_that_is_away_says_so(url: str) -> None:
     """Nothing is made up."""
