@@ -355,6 +355,35 @@ def test_eight_processes_with_a_fifth_of_failures(
     assert opened == [7 if opens else 0] * 8
 
 
+def test_twenty_processes_at_a_half_open_circuit(servers: Any) -> None:
+    """Exactly the allowed probes run; and killed ones are replaced after their lease."""
+    server = RedisServer(servers("redis").url, fresh_name("shop"), **LIMITS)
+    circuit = process(RedisCircuitStore(server), probes=2, probe_lease_s=1.5)
+    circuit._fleet.order(
+        circuit, lambda s, now: (policy.opened(s, circuit.options, now=now), None)
+    )
+    circuit._fleet.order(circuit, lambda s, now: (policy.half_open(s, now=now), None))
+    at = time.monotonic() + 1.0
+    pids = []
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            circuit.look()
+            Event().wait(max(0.0, at - time.monotonic()))
+            os._exit(7 if isinstance(circuit.enter(), Permit) else 0)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    began = time.monotonic()
+
+    assert sorted(codes) == [0] * 18 + [7] * 2
+    # The two have died in their calls.
+    for _ in range(2):
+        eventually(lambda: call(circuit), within_s=10)
+    assert time.monotonic() - began < 1.5 + 1.0
+    eventually(lambda: circuit.look().position is Position.CLOSED, within_s=5)
+    server.close()
+
+
 def test_threads_lose_no_outcome(store: CountingStore) -> None:
     """Of one process."""
     circuit = process(store, min_calls=100_000)

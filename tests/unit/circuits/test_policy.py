@@ -314,6 +314,66 @@ def test_it_opens_within_a_ramp_too() -> None:
     assert not ended(probing(), True, options=no_ramp).limit
 
 
+def openings_of_a_weak_dependency(options: CircuitOptions) -> tuple[int, int]:
+    """
+    How often it opens in two minutes, and how many calls succeed.
+
+    64 processes have more to do than they can, and the dependency answers in 0.1 s as
+    long as it has at most 40 calls at once; else it fails after 1 s.
+    """
+    state, now, tokens = open_at(900.0), 1_000.0, 0
+    running: list[tuple[float, bool, str, int]] = []
+    parts: dict[bool, int] = {True: 0, False: 0}
+    openings = done = 0
+    is_limited = False
+    for step in range(2_400):
+        now += 0.05
+        ended_now = [it for it in running if it[0] <= now]
+        running = [it for it in running if it[0] > now]
+        for _, is_success, token, generation in ended_now:
+            done += is_success
+            if token:
+                state = ended(state, is_success, now=now, token=token, options=options)
+            elif generation == state.generation:
+                parts[is_success] += 1
+        if step % 5 == 0:
+            part = Part(
+                policy.part_number(now, options), sum(parts.values()), parts[False]
+            )
+            it = Report(state.generation, (part,), is_limited=is_limited)
+            before = state
+            state = policy.count(state, options, it, now=now, chance=0.0)
+            openings += state.openings > before.openings
+            parts, is_limited = {True: 0, False: 0}, False
+        while len(running) < 64:
+            if state.limit and len(running) >= int(state.limit):
+                is_limited = True
+                break
+            tokens += 1
+            state, entry = policy.enter(state, options, now=now, token=str(tokens))
+            if not entry.is_allowed:
+                break
+            is_success = len(running) < 40
+            end = now + (0.1 if is_success else 1.0)
+            running.append((end, is_success, entry.token, state.generation))
+            if not is_success:
+                # It collapses: those that are in it fail too.
+                running = [(end, False, t, g) for _, _, t, g in running]
+    return openings, done
+
+
+def test_a_dependency_that_collapses_above_n_is_not_collapsed_again() -> None:
+    """Without the ramp it would be, each time that it closes."""
+    options = replace(OPTIONS, window_s=10, min_calls=20, open_s=5, max_open_s=10)
+
+    openings, done = openings_of_a_weak_dependency(options)
+    without, less = openings_of_a_weak_dependency(replace(options, ramp_from=None))
+
+    assert openings == 0
+    assert without >= 5
+    assert done > 10 * less
+
+
 # --- an operator ------------------------------------------------------------------------
 
 
