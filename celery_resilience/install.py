@@ -271,7 +271,11 @@ class Installation:
             return None
         from celery_resilience.circuits.task import task_circuit
 
-        return task_circuit(task, lambda: self.breakers)
+        def has_queues(name: str) -> bool:
+            options = self.circuit_options().get(name)
+            return bool(options and options.queues)
+
+        return task_circuit(task, lambda: self.breakers, has_queues)
 
     def when_circuit_open(
         self,

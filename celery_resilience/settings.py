@@ -282,7 +282,7 @@ class Settings:
         _circuits,
         "{name: {failure_rate, window_s, min_calls, consecutive, slow_call_s, open_s, "
         "max_open_s, jitter, probes, probe_lease_s, release_per_s, ramp_from, "
-        "exclude}}, each optional.",
+        "queues, exclude}}, each optional.",
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."

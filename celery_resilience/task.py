@@ -93,7 +93,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             `pybreaker.CircuitBreaker`: while it is open, the task does not run.
         if_circuit_open: What becomes of the task then, and where the body calls through
             an open one: "snooze" (it is sent again later, without a retry spent),
-            "fail", or a callable that takes the arguments and returns the result.
+            "pause" (the same, and no worker consumes the circuit's queues), "fail", or a callable that takes the arguments and returns the result.
     """
 
     abstract = True

@@ -170,6 +170,13 @@ class WorkerSetup:
             is_ending=_is_ending,
             around=(installation.streams,),
         )
+        if installation.circuits.queues():
+            from celery_resilience.circuits.bootstep import circuit_step
+
+            circuits = installation.circuits
+            circuits.decide_at_once()
+            paused = circuit_step(circuits, circuits.queues())
+            replace_step(self.app, "consumer", paused)
         # Before there are children; whether any task has one is not known yet.
         installation.circuits.share()
         os.environ[WORKER_VARIABLE] = json.dumps(

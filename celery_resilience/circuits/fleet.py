@@ -60,6 +60,9 @@ LOOK_S = 1.0
 #: Seconds within which it is said once that the store is away.
 SAY_S = 60.0
 
+#: Seconds for which one worker takes the probes of a circuit whose queues are paused.
+CANARY_S = 10.0
+
 #: Tickets that a process takes at once.
 TICKETS = 10
 
@@ -96,6 +99,8 @@ class Circuit:
         name: At most 64 characters.
         used_at: When somebody wanted to know last, by the monotonic clock.
         is_shared: The worker's main process reads it for its children.
+        is_paused: Its queues are not to be consumed by this worker.
+        canary_until: Until when this worker is the one that takes the probe.
         on_change: Called with the states before and after by the one process of the
             fleet that has changed it.
     """
@@ -105,6 +110,8 @@ class Circuit:
         self.on_change: list[OnChange] = []
         self.used_at = 0.0
         self.is_shared = False
+        self.is_paused = False
+        self.canary_until = 0.0
         self._fleet = fleet
         self._clock = fleet.clock
         #: Known with the options, at the first call.
@@ -403,6 +410,18 @@ class Circuits:
     def _options(self) -> Mapping[str, CircuitOptions]:
         return self._get_options()
 
+    @cached_property
+    def _pausing(self) -> list[str]:
+        return [name for name, options in self._options.items() if options.queues]
+
+    def queues(self) -> dict[str, list[str]]:
+        """The queues that are paused, with their circuits."""
+        found: dict[str, list[str]] = {}
+        for name in self._pausing:
+            for queue in self._options[name].queues:
+                found.setdefault(queue, []).append(name)
+        return found
+
     def options_of(self, name: str) -> CircuitOptions:
         """What the app says about a circuit, or the defaults."""
         return self._options.get(name) or CircuitOptions()
@@ -415,6 +434,20 @@ class Circuits:
         """Begin to read for the children."""
         self._is_page_ours = True
         self.wake()
+
+    def decide_at_once(self) -> None:
+        """Know what is paused before anything is consumed; never raises."""
+        try:
+            answer_within(FIRST_WAIT_S, self._look_at_paused)
+        except Exception as exc:
+            self._went_away(exc)
+
+    def _look_at_paused(self) -> None:
+        store = self._store()
+        if store is not None:
+            self._read(store, [self.get(name) for name in self._pausing])
+            for name in self._pausing:
+                self._decide(store, self.get(name))
 
     def wake(self) -> None:
         """There is something to tell."""
@@ -680,6 +713,8 @@ class Circuits:
             for name, used_at in self._page.used():
                 circuit = self.get(name)
                 circuit.used_at = max(circuit.used_at, used_at)
+            for name in self._pausing:
+                self.get(name).used_at = now
         to_read = []
         for circuit in list(self._circuits.values()):
             report = circuit.take_report()
@@ -694,7 +729,27 @@ class Circuits:
         store = self._local if self._is_away else self._store()
         if to_read and store is not None:
             self._read(store, to_read)
+        if self._is_page_ours and not self._is_away and store is not None:
+            for name in self._pausing:
+                self._decide(store, self.get(name))
         return bool(self._is_page_ours or self._is_away or self._is_used(now))
+
+    def _decide(self, store: CircuitStore, circuit: Circuit) -> None:
+        """Whether this worker consumes the queues of a circuit."""
+        now, state = self.clock(), circuit.state
+        entry = policy.entry_now(state, circuit.store_now())
+        if entry is not None:
+            circuit.is_paused = not entry.is_allowed
+            return
+        # It may be tried: by what one worker takes.
+        if now >= circuit.canary_until and store.take_slot(
+            f"{circuit.name[:56]}~canary",
+            secrets.token_hex(8),
+            limit=1,
+            lease_s=CANARY_S,
+        ):
+            circuit.canary_until = now + CANARY_S
+        circuit.is_paused = now >= circuit.canary_until
 
     def _tell(self, circuit: Circuit, report: Report) -> None:
         def change(state: State, now: float) -> tuple[State, None]:

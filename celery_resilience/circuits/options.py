@@ -36,6 +36,8 @@ class CircuitOptions:
             tried.
         ramp_from: Tasks that run at once in the fleet after it has closed; one more
             each time so many have succeeded, fewer where one fails. None: any number.
+        queues: Queues that no worker consumes while it is open, but for one that takes
+            the probe.
         exclude: Types of exceptions that count nothing, as pybreaker's.
     """
 
@@ -51,6 +53,7 @@ class CircuitOptions:
     probe_lease_s: float = 60.0
     release_per_s: float = 50.0
     ramp_from: int | None = 2
+    queues: tuple[str, ...] = ()
     exclude: tuple[type[BaseException], ...] = ()
 
 
@@ -92,6 +95,12 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
         "a number above 0",
     ),
     "ramp_from": (lambda v: v is None or _is_count(v), f"{_COUNT[1]}, or None"),
+    "queues": (
+        lambda v: (
+            isinstance(v, list | tuple) and all(isinstance(q, str) and q for q in v)
+        ),
+        "a list of queue names",
+    ),
     "exclude": (
         lambda v: (
             isinstance(v, list | tuple)
@@ -100,9 +109,6 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
         "a list of types of exceptions",
     ),
 }
-
-#: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE = ("queues",)
 
 
 def circuit_options(name: str, values: Mapping[str, Any]) -> CircuitOptions:
@@ -116,12 +122,7 @@ def circuit_options(name: str, values: Mapping[str, Any]) -> CircuitOptions:
     wrong: list[str] = []
     known = [field.name for field in fields(CircuitOptions)]
     for option, value in values.items():
-        if option in NOT_IN_THIS_RELEASE:
-            if value:
-                wrong.append(
-                    f"{option} is not in this release of celery-resilience: remove it"
-                )
-        elif option not in known:
+        if option not in known:
             near = get_close_matches(str(option), known, n=1)
             meant = f", did you mean {near[0]}?" if near else ""
             wrong.append(f"unknown option {option}{meant}")
@@ -138,5 +139,6 @@ def circuit_options(name: str, values: Mapping[str, Any]) -> CircuitOptions:
             )
     if wrong:
         raise ConfigurationError(f"resilience_circuits: {name}: {'; '.join(wrong)}")
+    given["queues"] = tuple(given.get("queues", ()))
     given["exclude"] = tuple(given.get("exclude", ()))
     return CircuitOptions(**given)

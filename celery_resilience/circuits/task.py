@@ -22,7 +22,7 @@ from celery_resilience.message import marks_of
 if TYPE_CHECKING:
     from celery_resilience.circuits.breaker import FleetBreaker, PlainBreaker
 
-IfOpen = Literal["snooze", "fail"] | Callable[..., Any]
+IfOpen = Literal["snooze", "pause", "fail"] | Callable[..., Any]
 
 #: Seconds that circuits keep a task waiting: then it fails as `circuit_open`.
 MAX_WAIT_S = 86_400.0
@@ -126,26 +126,32 @@ class TaskCircuit:
 
 
 def task_circuit(
-    task: type[Any], breakers: Callable[[], Breakers]
+    task: type[Any],
+    breakers: Callable[[], Breakers],
+    has_queues: Callable[[str], bool],
 ) -> TaskCircuit | None:
     """
     The circuit of *task*; None where it has none.
+
+    Args:
+        breakers: Those of the process.
+        has_queues: Whether a circuit has queues that are paused.
 
     Raises:
         ConfigurationError: Its options are wrong.
     """
     if_open = inspect.getattr_static(task, "if_circuit_open")
-    if if_open == "pause":
+    if not (if_open in ("snooze", "pause", "fail") or callable(_plain(if_open))):
         raise ConfigurationError(
-            "if_circuit_open = 'pause' is not in this release of celery-resilience: "
-            "remove it"
-        )
-    if not (if_open in ("snooze", "fail") or callable(_plain(if_open))):
-        raise ConfigurationError(
-            "if_circuit_open must be 'snooze', 'fail' or a callable that takes the "
-            f"task's arguments, got {if_open!r}"
+            "if_circuit_open must be 'snooze', 'pause', 'fail' or a callable that takes "
+            f"the task's arguments, got {if_open!r}"
         )
     circuit = inspect.getattr_static(task, "circuit")
+    if if_open == "pause" and not (isinstance(circuit, str) and has_queues(circuit)):
+        raise ConfigurationError(
+            "if_circuit_open = 'pause' needs a circuit= whose entry in "
+            "resilience_circuits has queues"
+        )
     if circuit is None:
         return None
     if isinstance(circuit, str):
@@ -158,7 +164,7 @@ def task_circuit(
                 "circuit must be the name of a circuit, or a pybreaker.CircuitBreaker, "
                 f"got {circuit!r}"
             )
-    return TaskCircuit(circuit, breakers, can_wait=if_open == "snooze")
+    return TaskCircuit(circuit, breakers, can_wait=if_open in ("snooze", "pause"))
 
 
 def when_open(
@@ -189,7 +195,8 @@ def when_open(
     if_open = _plain(inspect.getattr_static(task, "if_circuit_open"))
     if if_open == "fail":
         raise exc
-    if if_open != "snooze":
+    # What a worker has already fetched from a paused queue is snoozed.
+    if if_open not in ("snooze", "pause"):
         return if_open(*args, **kwargs)
     now = time.time()
     since = min(marks_of(request.__dict__).get("waits_since", now), now)

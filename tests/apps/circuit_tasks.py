@@ -34,6 +34,8 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
         return call(self, down)
 
     task("pay", circuit="bank")(pay)
+    if "queues" in app.conf.get("resilience_circuits", {}).get("bank", {}):
+        task("pay_or_pause", circuit="bank", if_circuit_open="pause")(pay)
     task("pay_or_fail", circuit="bank", if_circuit_open="fail")(pay)
     task("pay_or_owe", circuit="bank", if_circuit_open=lambda down: "owed")(pay)
     task("pay_by_own", circuit=PLAIN)(pay)

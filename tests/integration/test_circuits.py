@@ -234,6 +234,50 @@ def test_a_store_that_dies_fails_no_task(
     assert len(said) <= 2  # the main process, and its child
 
 
+# --- pause ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_the_queues_of_an_open_circuit_are_not_consumed(
+    make_fleet: FleetMaker,
+    servers: Callable[[str], Service],
+    down: Path,
+    broker: str,
+) -> None:
+    """By no worker, also one that starts later; others go on; one takes the probe."""
+    bank = {**QUICK, "open_s": 8, "queues": ["bank"]}
+    fleet = make_fleet(
+        broker,
+        store="sqlite" if broker == "redis" else "postgresql",
+        resilience_circuits={"bank": bank},
+        task_default_queue="other",
+        fleet_queues={"bank": {}, "other": {}},
+    )
+    fleet.worker()
+
+    def pay(path: str) -> Any:
+        return fleet.send("pay_or_pause", path, queue="bank", routing_key="bank")
+
+    for _ in range(3):
+        seen = len(fleet.notes("failed_call"))
+        pay(str(down))
+        eventually(lambda seen=seen: len(fleet.notes("failed_call")) > seen)
+    eventually(lambda: "queue bank is paused" in texts(fleet), within_s=10)
+    late = fleet.worker()
+    waiting = [pay(str(down)) for _ in range(10)]
+    other = fleet.send("ok", 5, queue="other", routing_key="other")
+    assert result_of(fleet, other) == 5
+    assert not any(f"{it.id}] received" in texts(fleet) for it in waiting)
+    assert "queue bank is paused" in late.text
+    down.unlink()
+
+    assert [result_of(fleet, it, 60) for it in waiting] == ["paid"] * 10
+    eventually(
+        lambda: all("queue bank is consumed again" in w.text for w in fleet.workers)
+    )
+    assert texts(fleet).count("circuit bank is half-open") == 1
+
+
 # --- the command ------------------------------------------------------------------------
 
 
