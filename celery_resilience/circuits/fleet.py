@@ -729,9 +729,13 @@ class Circuits:
         store = self._local if self._is_away else self._store()
         if to_read and store is not None:
             self._read(store, to_read)
-        if self._is_page_ours and not self._is_away and store is not None:
+        if self._is_page_ours:
             for name in self._pausing:
-                self._decide(store, self.get(name))
+                if self._is_away or store is None:
+                    # Nobody would say when it closes: each child snoozes for itself.
+                    self.get(name).is_paused = False
+                else:
+                    self._decide(store, self.get(name))
         return bool(self._is_page_ours or self._is_away or self._is_used(now))
 
     def _decide(self, store: CircuitStore, circuit: Circuit) -> None:

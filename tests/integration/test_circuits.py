@@ -237,23 +237,34 @@ def test_a_store_that_dies_fails_no_task(
 # --- pause ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+@pytest.mark.parametrize(
+    ("broker", "pool"),
+    [
+        ("redis", "prefork"),
+        ("rabbitmq", "prefork"),
+        ("filesystem", "prefork"),
+        ("redis", "threads"),
+        ("rabbitmq", "gevent"),
+        ("redis", "gevent"),
+    ],
+)
 def test_the_queues_of_an_open_circuit_are_not_consumed(
     make_fleet: FleetMaker,
     servers: Callable[[str], Service],
     down: Path,
     broker: str,
+    pool: str,
 ) -> None:
     """By no worker, also one that starts later; others go on; one takes the probe."""
     bank = {**QUICK, "open_s": 8, "queues": ["bank"]}
     fleet = make_fleet(
         broker,
-        store="sqlite" if broker == "redis" else "postgresql",
+        store="postgresql" if broker == "rabbitmq" else "sqlite",
         resilience_circuits={"bank": bank},
         task_default_queue="other",
         fleet_queues={"bank": {}, "other": {}},
     )
-    fleet.worker()
+    fleet.worker(pool=pool)
 
     def pay(path: str) -> Any:
         return fleet.send("pay_or_pause", path, queue="bank", routing_key="bank")
@@ -263,7 +274,7 @@ def test_the_queues_of_an_open_circuit_are_not_consumed(
         pay(str(down))
         eventually(lambda seen=seen: len(fleet.notes("failed_call")) > seen)
     eventually(lambda: "queue bank is paused" in texts(fleet), within_s=10)
-    late = fleet.worker()
+    late = fleet.worker(pool=pool)
     waiting = [pay(str(down)) for _ in range(10)]
     other = fleet.send("ok", 5, queue="other", routing_key="other")
     assert result_of(fleet, other) == 5

@@ -166,6 +166,28 @@ def test_after_closing_no_more_run_at_once_than_the_limit(
     assert isinstance(two.enter(can_wait=True), Permit)
 
 
+def test_one_worker_consumes_what_the_others_have_paused(store: CountingStore) -> None:
+    """Once it may be tried; all of them when it has closed, or the store is away."""
+    one, two = process(store, queues=("bank",)), process(store, queues=("bank",))
+    workers = (one, two)
+    for worker in workers:
+        worker._fleet.share()
+        worker._fleet.start_reading()
+    assert one._fleet.queues() == {"bank": ["bank"]}
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    eventually(lambda: all(w.is_paused for w in workers), within_s=5)
+    one._fleet.order(one, lambda s, now: (policy.half_open(s, now=now), None))
+    eventually(lambda: sum(w.is_paused for w in workers) == 1, within_s=5)
+    always(lambda: sum(w.is_paused for w in workers) == 1, for_s=0.8)
+    assert call(one)
+    eventually(lambda: not any(w.is_paused for w in workers), within_s=5)
+
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    eventually(lambda: all(w.is_paused for w in workers), within_s=5)
+    store.is_dead = True
+    eventually(lambda: not any(w.is_paused for w in workers), within_s=5)
+
+
 # --- without a store ---------------------------------------------------------------------
 
 
