@@ -176,6 +176,7 @@ def when_open(
     *,
     breakers: Breakers,
     visible_s: float,
+    clock: Callable[[], float] = time.time,
 ) -> Any:
     """
     What becomes of a task whose circuit is open.
@@ -184,6 +185,7 @@ def when_open(
         exc: What the circuit raised.
         breakers: Those of the process.
         visible_s: After so many seconds the broker may deliver a held message again.
+        clock: Wall time.
 
     Returns:
         What the task's own `if_circuit_open` returns.
@@ -198,7 +200,7 @@ def when_open(
     # What a worker has already fetched from a paused queue is snoozed.
     if if_open not in ("snooze", "pause"):
         return if_open(*args, **kwargs)
-    now = time.time()
+    now = clock()
     since = min(marks_of(request.__dict__).get("waits_since", now), now)
     if now - since >= MAX_WAIT_S:
         from celery_resilience.circuits.breaker import CircuitOpen

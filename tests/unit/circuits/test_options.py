@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -9,9 +10,16 @@ from celery import Celery
 from pybreaker import CircuitBreaker
 from unit.test_house import run_python
 
-from celery_resilience import ConfigurationError, Resilience, ResilientTask
+from celery_resilience import (
+    CircuitOpen,
+    ConfigurationError,
+    Resilience,
+    ResilientTask,
+)
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.circuits.options import CircuitOptions, circuit_options
-from celery_resilience.circuits.task import snooze_s
+from celery_resilience.circuits.task import Breakers, snooze_s, when_open
+from celery_resilience.errors import CircuitSnooze
 from celery_resilience.install import install
 
 GOOD: list[dict[str, Any]] = [
@@ -230,3 +238,63 @@ def test_turns_beyond_the_cap_are_spread_below_it() -> None:
 
     assert min(waits) == pytest.approx(450)
     assert max(waits) == pytest.approx(900)
+
+
+class Waiting:
+    """A task as `when_open` sees it."""
+
+    if_circuit_open = "snooze"
+
+
+class Request:
+    """Of a run, with our marks."""
+
+    def __init__(self, **marks: Any) -> None:
+        self.resilience = marks
+
+
+def opened(task: type[Any], request: Request, now: float = 1_000_000.0) -> Any:
+    """What becomes of a task, at a time."""
+    refused = CircuitOpen(None, "own", 5.0, 0)
+    return when_open(
+        task(),
+        request,
+        refused,
+        (7,),
+        {"card": "x"},
+        breakers=Breakers(Circuits(lambda: None, dict)),
+        visible_s=3_600,
+        clock=lambda: now,
+    )
+
+
+def test_a_task_waits_for_a_day_at_most() -> None:
+    """From its first snooze, whatever was between; then it fails, with its reason."""
+    with pytest.raises(CircuitSnooze) as first:
+        opened(Waiting, Request())
+    assert first.value.marks == {"waits_since": 1_000_000.0}
+    assert 5 <= first.value.countdown_s <= 10
+    with pytest.raises(CircuitSnooze) as second:
+        opened(Waiting, Request(**first.value.marks), now=1_080_000.0)
+    assert second.value.marks == first.value.marks
+    with pytest.raises(CircuitOpen, match="kept the task waiting for 86400 s"):
+        opened(Waiting, Request(**first.value.marks), now=1_086_400.0)
+    again = pickle.loads(pickle.dumps(second.value))
+    assert (again.marks, again.countdown_s) == (
+        second.value.marks,
+        second.value.countdown_s,
+    )
+
+
+def test_a_task_may_fail_or_do_something_else() -> None:
+    """By its own word, or a function of its arguments."""
+
+    class Failing:
+        if_circuit_open = "fail"
+
+    class Owing:
+        if_circuit_open = staticmethod(lambda order_id, card: (order_id, card))
+
+    with pytest.raises(CircuitOpen):
+        opened(Failing, Request())
+    assert opened(Owing, Request()) == (7, "x")
