@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery
 from celery_resilience.circuits.fleet import Circuits
 
 logger = logging.getLogger("celery_resilience.circuits")
@@ -38,6 +37,7 @@ class CircuitStep(bootsteps.StartStopStep):
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         self._entry: Any = None
         self._timer: Any = None
+        self._is_due = False
         super().__init__(consumer, **kwargs)
         # Before anything is consumed.
         queues = consumer.app.amqp.queues
@@ -50,8 +50,8 @@ class CircuitStep(bootsteps.StartStopStep):
         """Look now, and again in time."""
         self._cancel()
         self._look(consumer)
-        self._timer = _celery.unblocked_timer(consumer)
-        self._entry = self._timer.call_repeatedly(TICK_S, self._look, (consumer,))
+        self._timer = consumer.timer
+        self._entry = self._timer.call_repeatedly(TICK_S, self._tick, (consumer,))
 
     def stop(self, consumer: Any) -> None:
         """The connection is lost, or the worker stops."""
@@ -61,7 +61,17 @@ class CircuitStep(bootsteps.StartStopStep):
         """The worker ends."""
         self._cancel()
 
+    def _tick(self, consumer: Any) -> None:
+        if consumer.hub:
+            self._look(consumer)
+        elif not self._is_due:
+            # The timer has a thread, and the connection one reader: as remote control
+            # does it (worker/control.py:639, Celery 5.7).
+            self._is_due = True
+            consumer.call_soon(self._look, consumer)
+
     def _look(self, consumer: Any) -> None:
+        self._is_due = False
         for queue in self.queues:
             should = self._should_pause(queue)
             try:
