@@ -242,10 +242,8 @@ def test_a_store_that_dies_fails_no_task(
     [
         ("redis", "prefork"),
         ("rabbitmq", "prefork"),
-        ("filesystem", "prefork"),
-        ("redis", "threads"),
+        ("filesystem", "threads"),
         ("rabbitmq", "gevent"),
-        ("redis", "gevent"),
     ],
 )
 def test_the_queues_of_an_open_circuit_are_not_consumed(
