@@ -6,21 +6,12 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ConfigurationError",
-    "FailedTasks",
-    "Resilience",
-    "ResilienceError",
-    "ResilientTask",
-    "Skip",
-    "Snooze",
-    "TaskOptions",
-    "__version__",
-    "once",
-    "purge_once",
-]
+__all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Resilience"]
+__all__ += ["ResilienceError", "ResilientTask", "Skip", "Snooze", "TaskOptions"]
+__all__ += ["__version__", "once", "purge_once"]
 
 if TYPE_CHECKING:
+    from celery_resilience.circuits.breaker import CircuitOpen
     from celery_resilience.errors import (
         ConfigurationError,
         ResilienceError,
@@ -35,10 +26,11 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    #: Imported when a name is first used: every call of `celery` imports this package.
-    _MODULES = {"FailedTasks": "failed.api", "ResilientTask": "task"}
+    #: Imported when a name is first used: every `celery` imports this package.
+    _MODULES = {"FailedTasks": "failed.api", "CircuitOpen": "circuits.breaker"}
     _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
-    _MODULES |= dict.fromkeys(("once", "purge_once"), "idempotency.once")
+    _MODULES |= {"once": "idempotency.once", "purge_once": "idempotency.once"}
+    _MODULES["ResilientTask"] = "task"
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -1,7 +1,8 @@
 """The `celery` sub-commands `failed` and `resilience`.
 
 Imported by every `celery` call, so that it imports nothing heavy until a verb
-runs; what a verb does is in `failed/console/` and `idempotency/console.py`.
+runs; what a verb does is in `failed/console/`, `idempotency/console.py` and
+`circuits/console.py`.
 """
 
 from __future__ import annotations
@@ -414,3 +415,85 @@ def _show_key(context: click.Context, /, **words: Any) -> None:
 def _forget_keys(context: click.Context, /, **words: Any) -> None:
     """Forget keys, so that their effects may happen again."""
     _run_keys(context, "forget", words)
+
+
+@resilience.group(name="circuits", invoke_without_command=True)
+@click.pass_context
+def circuits(context: click.Context) -> None:
+    """Look at circuits, and change them for the fleet; without a verb, list them."""
+    if context.invoked_subcommand is None:
+        context.invoke(_list_circuits)
+
+
+def _run_circuits(context: click.Context, verb: str, words: dict[str, Any]) -> None:
+    """A verb of `circuits`; what it does is in `circuits/console.py`."""
+    module = import_module("celery_resilience.circuits.console")
+    code = module.run(
+        context.obj.app,
+        verb,
+        words,
+        with_traceback=getattr(context.obj, "with_traceback", False),
+    )
+    sys.stdout.flush()
+    context.exit(code)
+
+
+_for_s = click.option(
+    "--for-s",
+    type=click.FloatRange(min=0, min_open=True, max=604_800),
+    default=3_600,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long it holds, at most a week.",
+)
+
+
+@circuits.command(name="list", cls=CeleryCommand)
+@_output("table", "json")
+@click.pass_context
+def _list_circuits(context: click.Context, /, **words: Any) -> None:
+    """List the circuits that a setting or a task names, and those in the store."""
+    _run_circuits(context, "list", words)
+
+
+@circuits.command(name="open", cls=CeleryCommand)
+@click.argument("name", metavar="NAME")
+@_for_s
+@click.pass_context
+def _open_circuit(context: click.Context, /, **words: Any) -> None:
+    """Keep a circuit open: no call, and no probe."""
+    _run_circuits(context, "open", words)
+
+
+@circuits.command(name="close", cls=CeleryCommand)
+@click.argument("name", metavar="NAME")
+@click.pass_context
+def _close_circuit(context: click.Context, /, **words: Any) -> None:
+    """Close a circuit, also one that is kept open; it counts from zero."""
+    _run_circuits(context, "close", words)
+
+
+@circuits.command(name="reset", cls=CeleryCommand)
+@click.argument("name", metavar="NAME")
+@click.pass_context
+def _reset_circuit(context: click.Context, /, **words: Any) -> None:
+    """Close a circuit, and take back whatever was said of it."""
+    _run_circuits(context, "reset", words)
+
+
+@circuits.command(name="disable", cls=CeleryCommand)
+@click.argument("name", metavar="NAME")
+@_for_s
+@click.pass_context
+def _disable_circuit(context: click.Context, /, **words: Any) -> None:
+    """Let every call through, and count none."""
+    _run_circuits(context, "disable", words)
+
+
+@circuits.command(name="shadow", cls=CeleryCommand)
+@click.argument("name", metavar="NAME")
+@_for_s
+@click.pass_context
+def _shadow_circuit(context: click.Context, /, **words: Any) -> None:
+    """Let every call through, and say when it would have opened."""
+    _run_circuits(context, "shadow", words)

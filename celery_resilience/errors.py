@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from celery.exceptions import Ignore, ImproperlyConfigured, Retry
+from celery.exceptions import Ignore, ImproperlyConfigured, Reject, Retry
 
 from celery_resilience.redaction import safe_text
 
@@ -38,6 +38,10 @@ class MissingExtra(ResilienceError, ImportError):
 
 class StoreUnavailable(ResilienceError):
     """The store did not answer; nothing is known about what it holds."""
+
+
+class TooBusy(StoreUnavailable):
+    """Others were always quicker to change what is stored."""
 
 
 class SchemaMismatch(ResilienceError):
@@ -160,6 +164,63 @@ class Snooze(Retry):
         return type(self), (self.countdown_s, self.reason)
 
 
+class CircuitIsOpen(ResilienceError):
+    """The circuit is open: the call was not made.
+
+    What is raised is a `CircuitOpen`.
+
+    Args:
+        message: Its text; None: made of the others.
+        name: The circuit's.
+        retry_after_s: Seconds until it is worth another look.
+        generation: Which opening it is.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        name: str = "",
+        retry_after_s: float = 0.0,
+        generation: int = 0,
+    ) -> None:
+        # Made a thousand times a second while a dependency is away.
+        self.message = message
+        self.name = name
+        self.retry_after_s = retry_after_s
+        self.generation = generation
+
+    def __str__(self) -> str:
+        if self.message or not self.name:
+            return self.message or (type(self).__doc__ or "").split("\n")[0]
+        return f"circuit {self.name} is open for another {self.retry_after_s:.1f} s"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        said = (self.message, self.name, self.retry_after_s, self.generation)
+        return type(self), said
+
+
+class PassesAutoretry(Retry):
+    """Of the exceptions that `autoretry_for = (Exception,)` lets pass."""
+
+
+class CircuitSnooze(Snooze):
+    """A circuit is open: the main process sends the message again, with our marks.
+
+    Args:
+        countdown_s: Seconds until it runs again.
+        name: The circuit's.
+        since: Wall time in seconds since which circuits keep the task waiting.
+    """
+
+    def __init__(self, countdown_s: float, name: str, since: float) -> None:
+        super().__init__(countdown_s, "circuit_open")
+        self.name = name
+        self.marks = {"waits_since": since}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.countdown_s, self.name, self.marks["waits_since"])
+
+
 class SendAgain(Ignore):
     """Tell the main process to send this delivery's message again, unchanged in state.
 
@@ -212,6 +273,10 @@ class MessageTooLarge(ResilienceError, ValueError):
 
 class NotSerializable(ResilienceError, TypeError):
     """Arguments would not arrive as they are; their message was not sent."""
+
+
+#: What steers Celery, and says nothing of how a call went.
+CONTROL_FLOW: tuple[type[Exception], ...] = (Ignore, Reject, Retry)
 
 
 class NoKey(ResilienceError, TypeError):

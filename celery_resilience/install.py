@@ -15,7 +15,11 @@ from celery import Celery, current_app, current_task, signals
 
 from celery_resilience import _celery, flags
 from celery_resilience.draining import is_draining, shared
-from celery_resilience.errors import ConfigurationError, MissingExtra
+from celery_resilience.errors import (
+    CircuitIsOpen,
+    ConfigurationError,
+    MissingExtra,
+)
 from celery_resilience.redaction import is_hidden
 from celery_resilience.settings import (
     Settings,
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from celery_resilience.batches.task import Streams
+    from celery_resilience.circuits.breaker import FleetBreaker
+    from celery_resilience.circuits.fleet import Circuits
+    from celery_resilience.circuits.task import Breakers, TaskCircuit
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
@@ -116,6 +123,17 @@ class Resilience:
         from celery_resilience.sessions.resources import Resource
 
         return Resource(open, close, scope)
+
+    def circuit(self, name: str) -> FleetBreaker:
+        """
+        The circuit *name*, shared with the fleet, as a pybreaker; also in a web process.
+
+        Raises:
+            ConfigurationError: The name is none, or there is no app yet.
+        """
+        if self._app is None:
+            raise ConfigurationError("there is no app yet: call init_app first")
+        return install(self._app).breakers.get(name)
 
     def create_once_table(self, bind: Engine | Connection) -> None:
         """
@@ -256,6 +274,81 @@ class Installation:
 
         return task_keys(task, hides, task.own_options)
 
+    @cached_property
+    def circuits(self) -> Circuits:
+        """The circuits of this process; no setting is read before one is used."""
+        from celery_resilience.circuits.fleet import Circuits
+
+        return Circuits(
+            self.circuit_store,
+            self.circuit_options,
+            is_off=lambda: not self.settings.enabled,
+        )
+
+    @cached_property
+    def breakers(self) -> Breakers:
+        """The breakers of this process, by their circuits' names."""
+        from celery_resilience.circuits.task import Breakers
+
+        return Breakers(self.circuits)
+
+    def circuit_options(self) -> dict[str, Any]:
+        """
+        What the app says of its circuits, by their names.
+
+        Raises:
+            ConfigurationError: An option is wrong.
+        """
+        if not self.settings.circuits:
+            return {}
+        from celery_resilience.circuits.options import circuit_options
+
+        return {
+            name: circuit_options(name, options)
+            for name, options in self.settings.circuits
+        }
+
+    def task_circuit(self, task: type[ResilientTask]) -> TaskCircuit | None:
+        """
+        The circuit around *task*; None where it has none.
+
+        Raises:
+            ConfigurationError: An option is wrong.
+        """
+        if task.circuit is None and task.if_circuit_open == "snooze":
+            return None
+        from celery_resilience.circuits.task import task_circuit
+
+        def has_queues(name: str) -> bool:
+            options = self.circuit_options().get(name)
+            return bool(options and options.queues)
+
+        return task_circuit(task, lambda: self.breakers, has_queues)
+
+    def when_circuit_open(
+        self,
+        task: ResilientTask,
+        request: Any,
+        exc: CircuitIsOpen,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """What becomes of a run whose circuit is open; its result, or it raises."""
+        from celery_resilience.circuits.task import when_open
+
+        options = self.app.conf.broker_transport_options or {}
+        # kombu's own for Redis, where nobody has set another.
+        visible_s = float(options.get("visibility_timeout") or 3_600.0)
+        return when_open(
+            task,
+            request,
+            exc,
+            args,
+            kwargs,
+            breakers=self.breakers,
+            visible_s=visible_s,
+        )
+
     @property
     def app_dir(self) -> Path:
         """The folder that holds the app's module or top-level package."""
@@ -389,6 +482,10 @@ class Installation:
         """The store of how far tasks came, or None when the app has none."""
         return self._store("checkpoints")
 
+    def circuit_store(self) -> Any:
+        """The store of circuits, or None when the app has none."""
+        return self._store("circuits")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -400,6 +497,7 @@ class Installation:
         settings = self.settings
         if is_redis(url):
             from celery_resilience.batches.redis_store import RedisCheckpointStore
+            from celery_resilience.circuits import redis_store as circuits
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
@@ -408,7 +506,9 @@ class Installation:
             tls = self.store_choice.tls
             server = RedisServer(url, settings.namespace, tls=tls)
             quick = RedisServer(url, settings.namespace, tls=tls, **LIMITS)
+            hasty = RedisServer(url, settings.namespace, tls=tls, **circuits.LIMITS)
             return {
+                "circuits": circuits.RedisCircuitStore(hasty),
                 "failed": RedisFailedTaskStore(server),
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
@@ -416,6 +516,7 @@ class Installation:
                 "backend": server,
             }
         from celery_resilience.batches.sql_store import SqlCheckpointStore
+        from celery_resilience.circuits.sql_store import SqlCircuitStore
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
@@ -423,6 +524,7 @@ class Installation:
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
         return {
+            "circuits": SqlCircuitStore(database, settings.namespace),
             "failed": SqlFailedTaskStore(database, settings.namespace),
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
@@ -442,6 +544,7 @@ class Installation:
         if is_redis(self.store_choice.url):
             raise ConfigurationError("the store is in Redis, which has no tables")
         from celery_resilience.batches import sql_store as batches
+        from celery_resilience.circuits import sql_store as circuits
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
@@ -451,6 +554,7 @@ class Installation:
             {
                 "failed": (failed.VERSION, failed.TABLES),
                 "batches": (batches.VERSION, batches.TABLES),
+                circuits.ROOM: (circuits.VERSION, circuits.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
             }

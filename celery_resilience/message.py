@@ -178,6 +178,7 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "sent": lambda mark: isinstance(mark, str) and mark != "",
     "snoozes": _is_count,
     "unrecorded": _is_count,
+    "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from celery_resilience.draining import is_draining
 
 if TYPE_CHECKING:
+    from celery_resilience.circuits.breaker import FleetBreaker
     from celery_resilience.install import Installation
 
 Result = TypeVar("Result")
@@ -48,6 +49,19 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    def circuit(self, name: str) -> FleetBreaker:
+        """
+        The circuit *name*, shared by the fleet, as a pybreaker.
+
+        `with self.resilience.circuit("payments"):` guards a call: while the circuit is
+        open it raises `CircuitOpen`, and the task's `if_circuit_open` says what becomes
+        of the task.
+
+        Raises:
+            ConfigurationError: The name is none.
+        """
+        return self._installation.breakers.get(name)
 
     def stream(
         self,

@@ -25,7 +25,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "circuits": {},
     "metrics_port": None,
 }
 
@@ -139,6 +138,18 @@ def address(value: Any) -> tuple[str, int]:
         return _address(value)
     except _Refused as refused:
         raise ValueError(f"must be {refused}, got {value!r}") from None
+
+
+def _circuits(value: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if isinstance(value, Mapping) and all(
+        isinstance(name, str)
+        and 1 <= len(name) <= 64
+        and isinstance(options, Mapping)
+        and all(isinstance(option, str) for option in options)
+        for name, options in value.items()
+    ):
+        return tuple((name, dict(options)) for name, options in value.items())
+    raise _Refused("a dict {name of 1 to 64 characters: {option: value}}")
 
 
 def _folder(value: Any) -> Path:
@@ -316,6 +327,13 @@ class Settings:
         _if_store_down,
         "What a task with an idempotency key does while the store is away: wait for it, "
         "or run without its key.",
+    )
+    circuits: tuple[tuple[str, dict[str, Any]], ...] = _setting(
+        (),
+        _circuits,
+        "{name: {failure_rate, window_s, min_calls, consecutive, slow_call_s, open_s, "
+        "max_open_s, jitter, probes, probe_lease_s, release_per_s, ramp_from, "
+        "queues, exclude}}, each optional.",
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."

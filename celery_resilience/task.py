@@ -14,9 +14,11 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
+from celery_resilience.body import HEARS_OF_CIRCUITS
 from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
+    CircuitIsOpen,
     ConfigurationError,
     KeyMismatch,
     MissingExtra,
@@ -37,6 +39,7 @@ from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, nearly_options, wrong_options
 
 if TYPE_CHECKING:
+    from celery_resilience.circuits.task import IfOpen, TaskCircuit
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.task import KeyedRun
@@ -113,6 +116,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             of it, in MiB, or as a share ("25%") of the container's memory; above it the
             run fails as `memory_limit`. None: `resilience_memory_limit_mib`. In the
             prefork pool only.
+        circuit: Name of the circuit that guards the task's body, or a
+            `pybreaker.CircuitBreaker`: while it is open, the task does not run.
+        if_circuit_open: What becomes of the task then, and where the body calls through
+            an open one: "snooze" (it is sent again later, without a retry spent),
+            "pause" (the same, and no worker consumes the circuit's queues), "fail", or a callable that takes the arguments and returns the result.
     """
 
     abstract = True
@@ -129,11 +137,14 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     unique_enqueue: bool = False
     max_message_kib: float | None = None
     memory_limit_mib: float | str | None = None
+    circuit: Any = None
+    if_circuit_open: IfOpen = "snooze"
 
     #: Set when the task is bound to an app.
     _installation: ClassVar[Installation | None] = None
     _base_has_a_call: ClassVar[bool] = True
     _keys: ClassVar[TaskKeys | None] = None
+    _circuit: ClassVar[TaskCircuit | None] = None
 
     #: Options that are True because the task has a key.
     asked_by_key: ClassVar[tuple[str, ...]] = ()
@@ -184,7 +195,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
         run_on_loop(cls)
-        cls._keys = check_options(cls, cls._installation)
+        cls._keys, cls._circuit = check_options(cls, cls._installation)
         super().on_bound(app)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,11 +205,12 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         Where they are off, or the task is applied eagerly, only Skip is ours.
 
         0. replay fence and crash count, only for messages with a past;
-        1. the idempotency key is taken;
-        2. what the body may leave behind is looked at, before and after it;
-        3. the body;
-        4. the key is finished;
-        5. the facts of a failure, for the settlement in the main process.
+        1. the circuit lets it through;
+        2. the idempotency key is taken;
+        3. what the body may leave behind is looked at, before and after it;
+        4. the body;
+        5. the key is finished, and the circuit told;
+        6. the facts of a failure, for the settlement in the main process.
         """
         request = self.request_stack.top
         rooms = None if self._installation is None else self._installation.child
@@ -221,6 +233,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 request.headers.pop(HEADER, None)
             if has_past(request.__dict__) or _is_redelivered(request):
                 after_body = self._before_body(rooms, request)
+            if self._circuit is not None:
+                return self._run_guarded(rooms, request, args, kwargs)
             if self._keys is not None:
                 return self._run_keyed(rooms, request, args, kwargs)
             return self._run_body(rooms, request, args, kwargs)
@@ -246,6 +260,45 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
+
+    def _run_guarded(
+        self,
+        rooms: ChildRooms,
+        request: Context,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the body if its circuit lets it, and tell what came of it."""
+        circuit = self._circuit
+        assert circuit is not None
+        try:
+            with soft_limit_deferred():
+                permit = circuit.enter()
+        except CircuitIsOpen as exc:
+            return self._when_open(request, exc, args, kwargs)
+        run = self._run_body if self._keys is None else self._run_keyed
+        try:
+            result = run(rooms, request, args, kwargs)
+        except BaseException as exc:
+            with soft_limit_deferred():
+                # What ends the process says nothing of the dependency; a duplicate
+                # and a snooze neither, and give back what they were let through by.
+                circuit.leave(permit, exc, self)
+            exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
+            raise
+        with soft_limit_deferred():
+            circuit.leave(permit, None, self)
+        return result
+
+    def _when_open(
+        self,
+        request: Context,
+        exc: CircuitIsOpen,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        assert self._installation is not None
+        return self._installation.when_circuit_open(self, request, exc, args, kwargs)
 
     def _run_keyed(
         self,
@@ -284,18 +337,25 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         """Run the body, with the rooms that look at what it leaves behind."""
         for room in rooms.around:
             room.before(self, request)
+        token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
         try:
-            if self._base_has_a_call:
-                result = super().__call__(*args, **kwargs)
-            else:
-                _celery.enter_body(request)
-                result = self.run(*args, **kwargs)
+            try:
+                if self._base_has_a_call:
+                    result = super().__call__(*args, **kwargs)
+                else:
+                    _celery.enter_body(request)
+                    result = self.run(*args, **kwargs)
+            except CircuitIsOpen as exc:
+                # Of a circuit within the body.
+                result = self._when_open(request, exc, args, kwargs)
         except BaseException as exc:
             if rooms.give_way is not None:
                 rooms.give_way()
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self._after_body(rooms, request, exc)
             raise
+        finally:
+            HEARS_OF_CIRCUITS.reset(token)
         self._after_body(rooms, request, None)
         return result
 
@@ -371,6 +431,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             facts = describe(exc, package)
             if vars(request).get(EXHAUSTED) == id(exc):
                 facts["reason"] = Reason.RETRIES_EXHAUSTED
+            if isinstance(exc, CircuitIsOpen):
+                facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
             rooms.facts.send(id_text(request.id), facts)
@@ -466,6 +528,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     def has_key(self) -> bool:
         """Whether its calls have idempotency keys."""
         return self._keys is not None
+
+    @property
+    def circuit_name(self) -> str | None:
+        """Of the circuit around its body; None also for a pybreaker of the app's own."""
+        return None if self._circuit is None else self._circuit.name
 
     @property
     def resilience(self) -> RunView:
@@ -596,12 +663,12 @@ def _is_redelivered(request: Context) -> bool:
 
 def check_options(
     task: type[ResilientTask], installation: Installation
-) -> TaskKeys | None:
+) -> tuple[TaskKeys | None, TaskCircuit | None]:
     """
     Check a task's options where it is registered.
 
     Returns:
-        How its keys are made; None where it has none.
+        How its keys are made, and the circuit around it; None where it has none.
 
     Raises:
         ConfigurationError: Some are wrong; the message names the task, each
@@ -617,11 +684,15 @@ def check_options(
             name,
             meant,
         )
-    keys = None
+    keys = circuit = None
     try:
         keys = installation.task_keys(task)
     except ConfigurationError as exc:
         wrong.append(str(exc))
+    try:
+        circuit = installation.task_circuit(task)
+    except ConfigurationError as exc:
+        wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
-    return keys
+    return keys, circuit

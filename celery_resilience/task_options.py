@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 
 if TYPE_CHECKING:
+    from celery_resilience.circuits.task import IfOpen
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
 
 #: Names of arguments; one string is no list of them.
@@ -36,6 +37,8 @@ class TaskOptions(TypedDict, total=False):
     unique_enqueue: bool
     max_message_kib: float | None
     memory_limit_mib: float | str | None
+    circuit: Any
+    if_circuit_open: IfOpen
 
 
 def _is_count(value: Any) -> bool:
@@ -75,11 +78,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 #: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE = (
-    "retry_rules",
-    "circuit",
-    "if_circuit_open",
-)
+NOT_IN_THIS_RELEASE = ("retry_rules",)
 
 
 def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:

@@ -173,6 +173,7 @@ class WorkerSetup:
                 f"--collect-failed needs a store, and there is none: {choice.why}"
             )
         self.installation.check_store()
+        self.installation.circuit_options()
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
@@ -220,6 +221,15 @@ class WorkerSetup:
             ),
             give_way=memory.around.lift,
         )
+        if installation.circuits.queues():
+            from celery_resilience.circuits.bootstep import circuit_step
+
+            circuits = installation.circuits
+            circuits.decide_at_once()
+            paused = circuit_step(circuits, circuits.queues())
+            replace_step(self.app, "consumer", paused)
+        # Before there are children; whether any task has one is not known yet.
+        installation.circuits.share()
         os.environ[WORKER_VARIABLE] = json.dumps(
             {
                 "worker": self.worker_id,
@@ -240,6 +250,8 @@ class WorkerSetup:
             if getattr(sender, "app", None) is self.app:
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
+                if has_circuits(installation):
+                    installation.circuits.start_reading()
 
         def on_shutting_down(sender: Any = None, sig: str = "", **_: Any) -> None:
             if sender == hostname:
@@ -453,6 +465,14 @@ def _runs_a_resilient_task() -> bool:
     """Whether the task of this thread is one whose connections we look after."""
     task: Any = current_task
     return isinstance(task, ResilientTask) and not task.name.startswith("celery.")
+
+
+def has_circuits(installation: Installation) -> bool:
+    """Whether a setting or a task names a circuit."""
+    return bool(installation.settings.circuits) or any(
+        isinstance(task, ResilientTask) and task.circuit_name is not None
+        for task in installation.app.tasks.values()
+    )
 
 
 def prepare_worker(installation: Installation, worker: Any) -> None:

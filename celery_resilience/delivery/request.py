@@ -112,7 +112,11 @@ class ResilientRequest(SettlingRequest):
                 Outcome.SNOOZED,
                 exc.reason,
                 exc.countdown_s,
-                {"snoozes": snoozes, "redeliveries": None},
+                {
+                    "snoozes": snoozes,
+                    "redeliveries": None,
+                    **getattr(exc, "marks", {}),
+                },
             )
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, SendAgain):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import circuit_tasks
 import keyed_tasks
 import memory_tasks
 import stream_tasks
@@ -84,6 +85,8 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         import session_tasks
 
         session_tasks.register(app, base, note, conf)
+    if not is_plain:
+        circuit_tasks.register(app, base, note)
     return app
 
 

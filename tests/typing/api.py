@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import assert_type
 
 from celery import Celery, shared_task
+from pybreaker import CircuitBreaker
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, scoped_session
 
 import celery_resilience
 from celery_resilience import (
+    CircuitOpen,
     ConfigurationError,
     FailedTasks,
     Resilience,
@@ -59,6 +61,37 @@ def charge(self: ResilientTask, order_id: int, card: str) -> None:
     if self.request.retries:
         raise Snooze(2.5, "the bank is closed")
     raise self.retry(countdown=3)
+
+
+@app.task(base=ResilientTask, bind=True, **TaskOptions(circuit="bank"))
+def pay(self: ResilientTask, order_id: int) -> int:
+    """A call through a circuit, and one through another."""
+    with self.resilience.circuit("mail"):
+        return order_id
+
+
+def owe(order_id: int) -> int:
+    """Instead."""
+    return 0
+
+
+@app.task(
+    base=ResilientTask,
+    **TaskOptions(circuit=CircuitBreaker(), if_circuit_open=owe),
+)
+def pay_by_own(order_id: int) -> int:
+    """The app's own breaker, and a result for when it is open."""
+    return order_id
+
+
+def pay_from_the_web(order_id: int) -> float:
+    """Outside of Celery."""
+    try:
+        with resilience.circuit("bank"):
+            return 0.0
+    except CircuitOpen as exc:
+        assert_type(exc.name, str)
+        return exc.retry_after_s
 
 
 NOT_KEPT: TaskOptions = {"failed_queue": False, "max_crashes": None}

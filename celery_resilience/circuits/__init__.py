@@ -1,0 +1,1 @@
+"""Circuits: a broken dependency is left alone for a while, by the whole fleet."""

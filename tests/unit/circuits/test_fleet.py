@@ -1,0 +1,423 @@
+"""What a process asks the store of circuits, and what it does without it."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from polling import always, eventually
+from unit.specimens import fresh_name
+
+from celery_resilience.circuits import fleet as fleet_module
+from celery_resilience.circuits import policy
+from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
+from celery_resilience.circuits.memory_store import MemoryCircuitStore
+from celery_resilience.circuits.options import CircuitOptions
+from celery_resilience.circuits.page import SLOT, Note, Page
+from celery_resilience.circuits.policy import Entry, Position
+from celery_resilience.circuits.redis_store import LIMITS, RedisCircuitStore
+from celery_resilience.circuits.store import Answer, Stored
+from celery_resilience.deadline import answer_within
+from celery_resilience.errors import ConfigurationError, StoreUnavailable
+from celery_resilience.events import observe
+from celery_resilience.stores.redis import RedisServer
+
+
+class CountingStore(MemoryCircuitStore):
+    """
+    A store that counts, and does not answer when it is told so.
+
+    Attributes:
+        trips, swaps: Round trips, and those that write.
+        is_dead: It refuses.
+        hangs: It answers when this is set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(time.time)
+        self.trips = 0
+        self.swaps = 0
+        self.is_dead = False
+        self.hangs = Event()
+        self.hangs.set()
+
+    def read(self, names: Sequence[str]) -> Answer:
+        """Counted."""
+        self._trip()
+        return super().read(names)
+
+    def swap(self, name: str, seen: str, new: Stored, *, keep_s: float) -> Answer:
+        """Counted."""
+        self.swaps += 1
+        self._trip()
+        return super().swap(name, seen, new, keep_s=keep_s)
+
+    def _trip(self) -> None:
+        self.trips += 1
+        self.hangs.wait(20)
+        if self.is_dead:
+            raise StoreUnavailable("it is dead")
+
+
+@pytest.fixture
+def store() -> Iterator[CountingStore]:
+    """An empty one."""
+    store = CountingStore()
+    yield store
+    store.hangs.set()
+
+
+def process(store: Any, **options: Any) -> Circuit:
+    """The circuit "bank" in a process."""
+    given = {"min_calls": 3, "open_s": 600.0, "jitter": 0.0, **options}
+    return Circuits(lambda: store, lambda: {"bank": CircuitOptions(**given)}).get(
+        "bank"
+    )
+
+
+def call(circuit: Circuit, is_success: bool | None = True) -> bool:
+    """One call; whether it was let through."""
+    permit = circuit.enter()
+    if isinstance(permit, Entry):
+        return False
+    circuit.leave(permit, is_success)
+    return True
+
+
+# --- round trips ------------------------------------------------------------------------
+
+
+def test_a_closed_circuit_asks_nobody(store: CountingStore) -> None:
+    """In a second of calls, a few reads, by the thread."""
+    circuit = process(store)
+    call(circuit)
+    before, calls, until = store.trips, 0, time.monotonic() + 1.0
+    while time.monotonic() < until:
+        call(circuit)
+        calls += 1
+
+    assert calls > 1_000
+    assert (store.trips - before) / calls < 0.05
+    assert store.trips - before <= 8
+    assert store.swaps == 0
+
+
+def test_a_circuit_that_is_not_used_is_not_read(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle process is silent, and looks when it is used again."""
+    monkeypatch.setattr(fleet_module, "USED_S", 0.3)
+    circuit = process(store)
+    call(circuit)
+    seen = [0]
+
+    def is_silent() -> bool:
+        is_same = store.trips == seen[0]
+        seen[0] = store.trips
+        return is_same
+
+    eventually(is_silent, within_s=5, every_s=0.6)
+    always(lambda: store.trips == seen[0], for_s=0.8)
+    call(circuit)
+    assert store.trips == seen[0] + 1
+
+
+def test_failures_are_told_several_at_once(store: CountingStore) -> None:
+    """A hundred, in a few trips."""
+    circuit = process(store, min_calls=1_000)
+    for _ in range(100):
+        call(circuit, False)
+
+    eventually(lambda: circuit.state.failures == 100, within_s=5)
+    assert store.trips < 10
+
+
+def test_tickets_are_taken_several_at_once(store: CountingStore) -> None:
+    """And each process has its own."""
+    one, two = process(store), process(store)
+    taken = [c._fleet.ticket(c, 7) for c in [one] * 15 + [two] * 5]
+
+    assert taken == [*range(10), *range(10, 15), *range(20, 25)]
+    assert one._fleet.ticket(one, 8) == 0
+
+
+def test_after_closing_no_more_run_at_once_than_the_limit(
+    store: CountingStore,
+) -> None:
+    """Of those who can wait; and the limit grows, and goes."""
+    one, two = process(store, probes=1), process(store)
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    one._fleet.order(one, lambda s, now: (policy.half_open(s, now=now), None))
+    assert call(one)
+    eventually(lambda: two.look().limit == 2, within_s=5)
+
+    running = [c.enter(can_wait=True) for c in (one, two, one, two)]
+    assert [isinstance(it, Permit) for it in running] == [True, True, False, False]
+    assert isinstance(two.enter(), Permit)  # one that cannot wait
+    for circuit, permit in zip((one, two), running, strict=False):
+        assert isinstance(permit, Permit)
+        circuit.leave(permit, True)
+    eventually(lambda: one.look().limit > 2.8, within_s=5)
+    assert isinstance(two.enter(can_wait=True), Permit)
+
+
+def test_one_worker_consumes_what_the_others_have_paused(store: CountingStore) -> None:
+    """Once it may be tried; all of them when it has closed, or the store is away."""
+    one, two = process(store, queues=("bank",)), process(store, queues=("bank",))
+    workers = (one, two)
+    for worker in workers:
+        worker._fleet.share()
+        worker._fleet.start_reading()
+    assert one._fleet.queues() == {"bank": ["bank"]}
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    eventually(lambda: all(w.is_paused for w in workers), within_s=5)
+    one._fleet.order(one, lambda s, now: (policy.half_open(s, now=now), None))
+    eventually(lambda: sum(w.is_paused for w in workers) == 1, within_s=5)
+    always(lambda: sum(w.is_paused for w in workers) == 1, for_s=0.8)
+    assert call(one)
+    eventually(lambda: not any(w.is_paused for w in workers), within_s=5)
+
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    eventually(lambda: all(w.is_paused for w in workers), within_s=5)
+    store.is_dead = True
+    eventually(lambda: not any(w.is_paused for w in workers), within_s=5)
+
+
+# --- without a store ---------------------------------------------------------------------
+
+
+def test_a_store_that_dies_is_done_without(
+    store: CountingStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The circuit works here; it is said once; and it is used again when it is back."""
+    events: list[str] = []
+    stops = [
+        observe(f"circuits.{name}", lambda name=name, **_: events.append(name))
+        for name in ("store_away", "store_back")
+    ]
+    circuit = process(store)
+    call(circuit)
+    store.is_dead = True
+    eventually(lambda: events, within_s=5)
+    for _ in range(3):
+        assert call(circuit, False)
+    eventually(lambda: circuit.state.position is Position.OPEN, within_s=5)
+    assert not call(circuit)
+    assert len([r for r in caplog.records if "own while" in r.message]) == 1
+
+    store.is_dead = False
+    eventually(lambda: events == ["store_away", "store_back"], within_s=5)
+    eventually(lambda: call(circuit), within_s=5)
+    for stop in stops:
+        stop()
+
+
+def test_a_store_that_hangs_is_waited_for_once(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of a second, and no call after that."""
+    waits: list[float] = []
+
+    def counted(seconds: float, ask: Callable[[], Any]) -> Any:
+        waits.append(seconds)
+        return answer_within(seconds, ask)
+
+    monkeypatch.setattr(fleet_module, "answer_within", counted)
+    circuit = process(store)
+    call(circuit)
+    waits.clear()
+    store.hangs.clear()
+    always(lambda: call(circuit), for_s=1.5, every_s=0.01)
+
+    assert waits == [0.1]
+
+
+def test_what_was_open_stays_open_without_the_store(store: CountingStore) -> None:
+    """The last that was known is gone by."""
+    circuit = process(store)
+    for _ in range(3):
+        call(circuit, False)
+    eventually(lambda: not call(circuit), within_s=5)
+    store.is_dead = True
+
+    always(lambda: not call(circuit), for_s=1.2)
+
+
+def test_an_app_without_a_store_has_circuits_of_its_own() -> None:
+    """In each process."""
+    circuit = process(None)
+    for _ in range(3):
+        assert call(circuit, False)
+    eventually(lambda: not call(circuit), within_s=5)
+
+
+# --- children -----------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], bool]) -> bool:
+    """What *work* says in a child."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if work() else 1)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def test_children_read_what_their_worker_has_read(store: CountingStore) -> None:
+    """Without a trip of their own, as soon as the main process has been told of it."""
+    circuit = process(store)
+    circuits = circuit._fleet
+    circuits.share()
+    circuits.start_reading()
+    call(circuit)
+    page = circuits._page
+    assert page is not None
+    eventually(lambda: page.read("bank"), within_s=5)
+
+    def in_child() -> bool:
+        before = store.trips  # of this process, from here on
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            if not call(circuit):
+                return False
+        return store.trips == before
+
+    assert forked(in_child)
+
+
+def test_a_child_tells_what_it_has_seen(servers: Any) -> None:
+    """And not what its parent had."""
+    server = RedisServer(servers("redis").url, fresh_name("shop"), **LIMITS)
+    circuit = process(RedisCircuitStore(server), min_calls=1_000)
+    call(circuit)
+    circuit.leave(Permit(0, "", 0.0), False)
+
+    def in_child() -> bool:
+        call(circuit, False)
+        eventually(lambda: circuit.state.failures >= 1, within_s=5)
+        return True
+
+    assert forked(in_child)
+    eventually(lambda: circuit.look().failures == 2, within_s=5)
+    server.close()
+
+
+def test_a_torn_page_is_not_read() -> None:
+    """Nor one of another circuit with the same slot, nor what is too long."""
+    page = Page()
+    assert page.use("bank", 1.0)
+    note = Note(Stored("v", "text"), 2.0, 3.0)
+    page.write("bank", note)
+    assert page.read("bank") == note
+    page.write("bank", Note(Stored("w", "x" * SLOT), 4.0, 5.0))
+    assert page.read("bank") == note
+    assert list(page.used()) == [("bank", 1.0)]
+
+    same = next(n for n in map(str, range(10_000)) if _slot(n) == _slot("bank"))
+    assert not page.use(same, 6.0)
+    assert page.read(same) is None
+    page._memory[_slot("bank") + 300] ^= 1
+    assert page.read("bank") is None
+
+
+def _slot(name: str) -> int:
+    from celery_resilience.circuits.page import _start
+
+    return _start(name)
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, 7, None])
+def test_a_name_that_is_none_is_refused(name: Any) -> None:
+    """Before anything is asked."""
+    with pytest.raises(ConfigurationError, match="a circuit's name must be"):
+        Circuits(lambda: None, dict).get(name)
+
+
+# --- as a fleet -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "opens"), [(0.15, True), (0.5, False)])
+def test_eight_processes_with_a_fifth_of_failures(
+    servers: Any, rate: float, opens: bool
+) -> None:
+    """Open within a window at 15 %, never at 50 %."""
+    url, namespace = servers("redis").url, fresh_name("shop")
+    opened: list[int] = []
+    pids = []
+    for number in range(8):
+        pid = os.fork()
+        if pid == 0:
+            server = RedisServer(url, namespace, **LIMITS)
+            circuit = process(
+                RedisCircuitStore(server),
+                failure_rate=rate,
+                window_s=3.0,
+                min_calls=40,
+            )
+            chance = random.Random(number)
+            until = time.monotonic() + 3.0
+            beat = Event()
+            while time.monotonic() < until:
+                beat.wait(0.005)
+                if not call(circuit, chance.random() >= 0.2):
+                    os._exit(7)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        opened.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    assert opened == [7 if opens else 0] * 8
+
+
+def test_twenty_processes_at_a_half_open_circuit(servers: Any) -> None:
+    """Exactly the allowed probes run; and killed ones are replaced after their lease."""
+    server = RedisServer(servers("redis").url, fresh_name("shop"), **LIMITS)
+    circuit = process(RedisCircuitStore(server), probes=2, probe_lease_s=1.5)
+    circuit._fleet.order(
+        circuit, lambda s, now: (policy.opened(s, circuit.options, now=now), None)
+    )
+    circuit._fleet.order(circuit, lambda s, now: (policy.half_open(s, now=now), None))
+    at = time.monotonic() + 1.0
+    pids = []
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            circuit.look()
+            Event().wait(max(0.0, at - time.monotonic()))
+            os._exit(7 if isinstance(circuit.enter(), Permit) else 0)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    began = time.monotonic()
+
+    assert sorted(codes) == [0] * 18 + [7] * 2
+    # The two have died in their calls.
+    for _ in range(2):
+        eventually(lambda: call(circuit), within_s=10)
+    assert time.monotonic() - began < 1.5 + 1.0
+    eventually(lambda: circuit.look().position is Position.CLOSED, within_s=5)
+    server.close()
+
+
+def test_threads_lose_no_outcome(store: CountingStore) -> None:
+    """Of one process."""
+    circuit = process(store, min_calls=100_000)
+
+    def work() -> None:
+        for _ in range(500):
+            call(circuit, False)
+
+    threads = [Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    eventually(lambda: circuit.look().failures == 4_000, within_s=5)
