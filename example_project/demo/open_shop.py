@@ -39,6 +39,9 @@ RESILIENT_FLAGS = ("--memory-recycle-mib", "48")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 
+#: A supervisor's patience with a worker that it has told to end.
+DEPLOY_TIMEOUT_S = 10.0
+
 
 class Tally:
     """
@@ -100,10 +103,11 @@ class OpenShop:
         self._service: subprocess.Popen[bytes] | None = None
         self._worker: subprocess.Popen[bytes] | None = None
         self._service_url = ""
-        for name in ("queue", "exchanges", "deaths"):
+        for name in ("queue", "exchanges", "deaths", "temporary"):
             (folder / name).mkdir(parents=True)
         self.tally = Tally(folder / "ledger.jsonl")
         self.largest_mib = 0
+        self._has_deployed = False
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +135,8 @@ class OpenShop:
             "SHOP_RELEASE": str(self.release),
             "SHOP_SERVICE_URL": self._service_url,
             "SHOP_MISFORTUNES": "1",
+            # What a killed process leaves behind there goes with the shop.
+            "TMPDIR": str(self.folder / "temporary"),
             "DJANGO_SETTINGS_MODULE": "example_project.shop.settings",
             "C_FORCE_ROOT": "1",
         }
@@ -221,22 +227,37 @@ class OpenShop:
             yield
             self.tally.read()
             self._weigh()
-            if self._is_deployed():
-                self.start_worker()
+            is_deploying = self._deploy()
             now = self.log.stat().st_size
-            if now != size:
+            if now != size or is_deploying:
                 quiet_since, size = time.monotonic(), now
 
-    def _is_deployed(self) -> bool:
-        """The worker was stopped from outside, and has ended."""
-        return self._worker is not None and self._worker.poll() is not None
+    def _deploy(self) -> bool:
+        """
+        Be the supervisor of a worker that was told to end: start the next one.
+
+        Returns:
+            Whether it has yet to end.
+        """
+        worker, told = self._worker, self.folder / "deployed"
+        if worker is None or self._has_deployed or not told.exists():
+            return False
+        if worker.poll() is None:
+            if time.time() - told.stat().st_mtime < DEPLOY_TIMEOUT_S:
+                return True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        self._has_deployed = True
+        self.start_worker()
+        return False
 
     def _weigh(self) -> None:
         """Look how much memory the worker's children have."""
-        if self._worker is None or self._is_deployed():
+        if self._worker is None or self._worker.poll() is not None:
             return
-        for child in psutil.Process(self._worker.pid).children():
-            with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error):  # they come and go
+            for child in psutil.Process(self._worker.pid).children():
                 mib = child.memory_info().rss >> 20
                 self.largest_mib = max(self.largest_mib, mib)
 

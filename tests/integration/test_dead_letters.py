@@ -340,7 +340,7 @@ def test_a_running_worker_is_not_given_one(make_fleet: FleetMaker) -> None:
     fleet = Fleet(fleet.folder, fleet.conf)
     try:
         worker = fleet.worker()
-        assert f"dead-letter queues {name}.dead\n" in worker.text
+        assert f"dead-letter queues {name}.dead; " in worker.text
         fleet.app.control.add_consumer(f"{name}.dead")
         eventually(lambda: "refused to consume" in worker.text, what=worker.text)
         sent = fleet.send("boom")
