@@ -45,15 +45,17 @@ def queue_of(consumer: Any, message: Any) -> str:
     )
     if not exchange:
         return routing_key
-    consumed = consumer.app.amqp.queues.consume_from
-    for queue in consumed.values():
-        if queue.exchange.name == exchange and queue.routing_key == routing_key:
-            return str(queue.name)
+    queues = consumer.app.amqp.queues
     channel = getattr(task_consumer, "channel", None)
-    if isinstance(channel, virtual.Channel):
-        for name in channel._lookup(exchange, routing_key):
-            if name in consumed:
-                return str(name)
+    # What is consumed, and then what is paused just now.
+    for known in (queues.consume_from, queues):
+        for queue in known.values():
+            if queue.exchange.name == exchange and queue.routing_key == routing_key:
+                return str(queue.name)
+        if isinstance(channel, virtual.Channel):
+            for name in channel._lookup(exchange, routing_key):
+                if name in known:
+                    return str(name)
     return routing_key
 
 

@@ -480,7 +480,7 @@ class Installation:
 
     def checkpoint_store(self) -> Any:
         """The store of how far tasks came, or None when the app has none."""
-        return self._store("checkpoints")
+        return self._store("checkpoints") if self.settings.enabled else None
 
     def circuit_store(self) -> Any:
         """The store of circuits, or None when the app has none."""

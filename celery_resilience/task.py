@@ -27,6 +27,7 @@ from celery_resilience.errors import (
     RetryNotPublished,
     RunInterrupted,
     Skip,
+    Snooze,
     TaskExited,
 )
 from celery_resilience.failure import describe
@@ -64,6 +65,9 @@ INHERITED_BY_ANOTHER = ("replay",)
 
 #: Options that a task with a key has, unless it says otherwise.
 ASKED_BY_KEY = ("acks_late", "reject_on_worker_lost")
+
+#: In the place of what a circuit has let a run through by.
+_NO_PERMIT = object()
 
 #: What Celery's `apply_async` takes by position after the task's id.
 POSITIONAL = ("producer", "link", "link_error", "shadow")
@@ -220,12 +224,26 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             or not _celery.is_a_delivery(request)
             or self.name.startswith("celery.")
         ):
+            token = None
+            if request is not None and request.is_eager:
+                # Nobody hears that its circuit is open but who has applied it.
+                token = HEARS_OF_CIRCUITS.set(False)
             try:
                 return super().__call__(*args, **kwargs)
             except Skip as skip:
                 if request is None or request.called_directly:
                     raise
                 return skip.result
+            except Snooze as snooze:
+                if rooms is not None or not _celery.is_in_body(request):
+                    raise
+                assert request is not None
+                # Plain Celery takes it for a retry that has been sent.
+                count = request.retries + 1
+                return super().retry(countdown=snooze.countdown_s, max_retries=count)
+            finally:
+                if token is not None:
+                    HEARS_OF_CIRCUITS.reset(token)
         after_body = None
         try:
             if HEADER in request.__dict__ and isinstance(request.headers, dict):
@@ -271,15 +289,18 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         """Run the body if its circuit lets it, and tell what came of it."""
         circuit = self._circuit
         assert circuit is not None
-        try:
-            with soft_limit_deferred():
-                permit = circuit.enter()
-        except CircuitIsOpen as exc:
-            return self._when_open(request, exc, args, kwargs)
+        permit: Any = _NO_PERMIT
         run = self._run_body if self._keys is None else self._run_keyed
         try:
+            with soft_limit_deferred():
+                # A soft limit that passed meanwhile is raised here, with the permit.
+                permit = circuit.enter()
             result = run(rooms, request, args, kwargs)
         except BaseException as exc:
+            if permit is _NO_PERMIT:
+                if isinstance(exc, CircuitIsOpen):
+                    return self._when_open(request, exc, args, kwargs)
+                raise
             with soft_limit_deferred():
                 # What ends the process says nothing of the dependency; a duplicate
                 # and a snooze neither, and give back what they were let through by.
@@ -335,10 +356,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the body, with the rooms that look at what it leaves behind."""
-        for room in rooms.around:
-            room.before(self, request)
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
         try:
+            with soft_limit_deferred():
+                for room in rooms.around:
+                    room.before(self, request)
             try:
                 if self._base_has_a_call:
                     result = super().__call__(*args, **kwargs)
@@ -347,6 +369,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                     result = self.run(*args, **kwargs)
             except CircuitIsOpen as exc:
                 # Of a circuit within the body.
+                if rooms.give_way is not None:
+                    rooms.give_way()
                 result = self._when_open(request, exc, args, kwargs)
         except BaseException as exc:
             if rooms.give_way is not None:

@@ -72,15 +72,19 @@ class CircuitStep(bootsteps.StartStopStep):
 
     def _look(self, consumer: Any) -> None:
         self._is_due = False
+        queues = consumer.app.amqp.queues
         for queue in self.queues:
             should = self._should_pause(queue)
             try:
-                if should and queue in consumer.app.amqp.queues.consume_from:
+                if should and queue in queues.consume_from:
                     consumer.cancel_task_queue(queue)
                     self._say_paused(queue)
                 elif not should and queue in self.paused:
                     self.paused.discard(queue)
                     consumer.add_task_queue(queue)
+                    if queue not in queues.consume_from:
+                        # Before Celery 5.7, which adds it.
+                        queues.select_add(queues[queue])
                     logger.warning("queue %s is consumed again", queue)
             except Exception:
                 logger.exception("queue %s could not be paused or resumed", queue)

@@ -29,6 +29,7 @@ from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
     AskAgain,
     BroadcastIsOnce,
+    CircuitSnooze,
     KeyMismatch,
     MemoryLimitExceeded,
     RunInterrupted,
@@ -107,17 +108,12 @@ class ResilientRequest(SettlingRequest):
             once = BroadcastIsOnce(f"{exc.reason}: {BroadcastIsOnce.__doc__}")
             self._fail(Reason.EXCEPTION, once, _celery.info_of(once))
         elif isinstance(exc, Snooze):
-            snoozes = self.marks.get("snoozes", 0) + 1
-            self._send_again(
-                Outcome.SNOOZED,
-                exc.reason,
-                exc.countdown_s,
-                {
-                    "snoozes": snoozes,
-                    "redeliveries": None,
-                    **getattr(exc, "marks", {}),
-                },
-            )
+            # Those of a circuit are counted by their age, and not with the others.
+            is_own = not isinstance(exc, CircuitSnooze)
+            snoozes = self.marks.get("snoozes", 0) + is_own
+            marks = {"snoozes": snoozes, "redeliveries": None, "waits_since": None}
+            marks.update(getattr(exc, "marks", {}))
+            self._send_again(Outcome.SNOOZED, exc.reason, exc.countdown_s, marks)
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, SendAgain):
             snoozed = isinstance(exc, AskAgain)

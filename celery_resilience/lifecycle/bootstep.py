@@ -81,6 +81,7 @@ class Lifecycle:
         self._server: HealthServer | None = None
         self._address = health_address
         self._closed = 0
+        self._consumed: dict[str, Any] = {}
         self._timer: Any = None
         self._entry: Any = None
 
@@ -147,6 +148,7 @@ class Lifecycle:
         """The consumer has its broker, for the first time or again."""
         self.disconnected()
         self._watch.connected(consumer)
+        self._consumed.update(consumer.app.amqp.queues.consume_from)
         self._timer = _pools.unblocked_timer(consumer)
         self._entry = self._timer.call_repeatedly(TICK_S, self._tick, (consumer,))
 
@@ -203,9 +205,11 @@ class Lifecycle:
 
     def _are_queues_empty(self) -> bool:
         app = self.worker.app
+        # With those that are paused just now.
+        self._consumed.update(app.amqp.queues.consume_from)
         try:
             with app.connection_for_read() as connection:
-                return not messages_in(connection, app.amqp.queues.consume_from)
+                return not messages_in(connection, self._consumed)
         except Exception as exc:
             # Away, perhaps: then nobody knows.
             logger.info("cannot see whether the queues are empty: %s", exc)

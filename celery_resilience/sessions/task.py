@@ -128,7 +128,8 @@ class Sessions:
     def after_result(self, sender: Any = None, **_: Any) -> None:
         """The result is stored: what came after the body is cleaned too."""
         run = current.get()
-        if run is None or getattr(sender, "name", "") != run.name:
+        # One without a name has what was done around a body that did not run.
+        if run is None or (run.name and getattr(sender, "name", "") != run.name):
             return
         try:
             if run.libraries or self._django is not None:

@@ -388,6 +388,13 @@ def _register(app: Celery, base: Any) -> None:
             raise Snooze(0.5, "later")
         return "awake"
 
+    @task(name="snoozed_by_retries", acks_late=True)
+    def snoozed_by_retries(self: Any) -> str:
+        started(self)
+        if self.request.retries < 5:
+            raise Snooze(0.0, "later")
+        return "awake"
+
     @task(name="snoozed_for", acks_late=True)
     def snoozed_for(self: Any, countdown_s: float) -> str:
         started(self)

@@ -139,3 +139,18 @@ def test_a_replay_that_a_plain_worker_runs_is_given_up_by_hand(
     done = fleet.command("failed", "discard", record["id"])
     assert done.returncode == 0, done.stderr
     assert fleet.record_of(sent.id)["state"] == "discarded"
+
+
+@pytest.mark.parametrize("broker", ["redis", "filesystem"])
+def test_a_snooze_is_sent_again_where_the_rest_is_off(
+    make_fleet: FleetMaker, broker: str
+) -> None:
+    """As a retry, of which there are as many as it takes; a stream has no places."""
+    fleet = make_fleet(broker, resilience_enabled=False)
+    fleet.worker()
+    snoozed = fleet.send("snoozed_by_retries")
+    streamed = fleet.send("stream_numbers", 100)
+
+    assert snoozed.get(timeout=30) == "awake"
+    assert streamed.get(timeout=30) == 100
+    assert fleet.runs(snoozed.id) == 6

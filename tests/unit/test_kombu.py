@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.app.amqp import Queues
 from kombu import Connection, Consumer, Exchange, Queue
 
 from celery_resilience._kombu import (
@@ -185,12 +186,10 @@ def test_an_empty_queue_is_empty(channel: Any, folder: Path) -> None:
 
 def consumer_of(*queues: Queue, tags: dict[str, str] | None = None) -> Any:
     """A consumer of these queues."""
+    known = Queues(queues)
+    known.select([queue.name for queue in queues])
     return SimpleNamespace(
-        app=SimpleNamespace(
-            amqp=SimpleNamespace(
-                queues=SimpleNamespace(consume_from={q.name: q for q in queues})
-            )
-        ),
+        app=SimpleNamespace(amqp=SimpleNamespace(queues=known)),
         task_consumer=SimpleNamespace(_active_tags=tags or {}, channel=None),
     )
 
@@ -221,6 +220,15 @@ def test_an_exchange_is_looked_up_among_the_consumed_queues() -> None:
 
     assert queue_of(consumer, message_with(exchange="y", routing_key="k")) == "b"
     assert queue_of(consumer, message_with(exchange="z", routing_key="k")) == "k"
+
+
+def test_a_queue_that_is_paused_just_now_is_found_too() -> None:
+    """What was fetched before it was paused is sent again to it."""
+    paused = Queue("c", Exchange("z"), routing_key="k")
+    consumer = consumer_of(Queue("a", Exchange("x"), routing_key="k"))
+    consumer.app.amqp.queues["c"] = paused
+
+    assert queue_of(consumer, message_with(exchange="z", routing_key="k")) == "c"
 
 
 def test_a_message_that_tells_nothing_has_no_queue() -> None:

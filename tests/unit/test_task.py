@@ -210,3 +210,49 @@ def test_a_soft_limit_that_was_blocked_stays_blocked() -> None:
         raise KeyError
 
     assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+class Turnstile:
+    """A circuit in which a soft limit passes while a run is let through."""
+
+    def __init__(self) -> None:
+        self.left: list[tuple[Any, BaseException | None]] = []
+
+    def enter(self) -> str:
+        """Let it through."""
+        signal.raise_signal(signal.SIGUSR1)
+        return "permit"
+
+    def leave(self, permit: Any, exc: BaseException | None, task: Any) -> None:
+        """Remember."""
+        self.left.append((permit, exc))
+
+
+def test_a_permit_is_given_back_where_a_soft_limit_came_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The body has not run, and nobody else would give it back."""
+
+    class SoftLimit(Exception):
+        pass
+
+    def raise_it(*_: object) -> None:
+        raise SoftLimit
+
+    app = Celery("shop", set_as_current=False)
+
+    @app.task(base=ResilientTask, name="guarded")
+    def guarded() -> None:
+        raise AssertionError("it is not run")
+
+    task: Any = app.tasks["guarded"]
+    turnstile = Turnstile()
+    monkeypatch.setattr(type(task), "_circuit", turnstile)
+    before = signal.signal(signal.SIGUSR1, raise_it)
+    try:
+        with pytest.raises(SoftLimit) as raised:
+            task._run_guarded(None, None, (), {})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert turnstile.left == [("permit", raised.value)]
