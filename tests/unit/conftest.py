@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from kombu import pools
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
@@ -32,6 +33,17 @@ settings.register_profile("unit", max_examples=80, deadline=None)
 settings.load_profile("unit")
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_connections_of_others() -> None:
+    """
+    A forked process would close what another file of tests has left open in this one.
+
+    kombu waits for the answer of a BRPOP there, which this process has had.
+    """
+    pools.reset()
+
 
 MakeUrl = Callable[[], str]
 
