@@ -141,12 +141,9 @@ def test_a_replay_that_a_plain_worker_runs_is_given_up_by_hand(
     assert fleet.record_of(sent.id)["state"] == "discarded"
 
 
-@pytest.mark.parametrize("broker", ["redis", "filesystem"])
-def test_a_snooze_is_sent_again_where_the_rest_is_off(
-    make_fleet: FleetMaker, broker: str
-) -> None:
+def test_a_snooze_is_sent_again_where_the_rest_is_off(make_fleet: FleetMaker) -> None:
     """As a retry, of which there are as many as it takes; a stream has no places."""
-    fleet = make_fleet(broker, resilience_enabled=False)
+    fleet = make_fleet("redis", resilience_enabled=False)
     fleet.worker()
     snoozed = fleet.send("snoozed_by_retries")
     streamed = fleet.send("stream_numbers", 100)
