@@ -182,8 +182,9 @@ def test_crashes_before_the_window_are_forgotten(make_fleet: FleetMaker) -> None
 
     eventually(lambda: fleet.runs(killer.id) > 4, within_s=60)
     assert fleet.records() == {}
-    # 75 where its next run has died within the stop, and was put back.
-    assert worker.stop() in (0, 75)
+    code = worker.stop()
+    # Its next run may die within the stop, and is put back then.
+    assert code == (75 if "work was put back" in worker.text else 0)
 
 
 def test_a_suspect_runs_alone(make_fleet: FleetMaker) -> None:

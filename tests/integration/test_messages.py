@@ -117,4 +117,7 @@ def test_plain_celery_takes_all(make_fleet: FleetMaker, tmp_path: Path) -> None:
     fleet = make_fleet("redis", is_plain=True)
     fleet.worker(concurrency=1)
 
-    ended(fleet, small(fleet, LARGE).id)
+    sent = small(fleet, LARGE)
+    ended(fleet, sent.id)
+
+    assert fleet.notes("value") == [["value", sent.id, LARGE]]

@@ -119,10 +119,13 @@ def test_what_cannot_be_handed_back_is_left_to_the_end_of_the_connection(
     deliveries: Deliveries,
 ) -> None:
     """A broker that is away is no reason not to stop."""
-    deliveries.opened(Request("w", error=ConnectionError("gone")))
+    waiting = Request("w", error=ConnectionError("gone"))
+    deliveries.opened(waiting)
     deliveries.note_untouched(pool=None)
 
     deliveries.hand_back()
+
+    assert waiting.requeued == 0
 
 
 def test_a_settlement_is_counted_where_somebody_counts(deliveries: Deliveries) -> None:

@@ -83,8 +83,8 @@ def test_a_child_does_not_keep_the_port() -> None:
         os._exit(0)
     try:
         server.close()
-        with socket.create_server(("127.0.0.1", port)):
-            pass
+        with socket.create_server(("127.0.0.1", port)) as next_one:
+            assert next_one.getsockname()[1] == port
     finally:
         os.write(writer, b"x")
         os.waitpid(pid, 0)
@@ -95,5 +95,5 @@ def test_a_server_that_never_answered_is_closed() -> None:
     port = free_port()
     HealthServer(("127.0.0.1", port), ANSWERS, dict).close()
 
-    with socket.create_server(("127.0.0.1", port)):
-        pass
+    with socket.create_server(("127.0.0.1", port)) as next_one:
+        assert next_one.getsockname()[1] == port
