@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Resilience"]
 __all__ += ["ResilienceError", "ResilientTask", "Skip", "Snooze", "TaskOptions"]
-__all__ += ["__version__", "once", "purge_once"]
+__all__ += ["TooManyErrors", "__version__", "batch", "once", "purge_once"]
 
 if TYPE_CHECKING:
+    from celery_resilience.batches.plain import batch
     from celery_resilience.circuits.breaker import CircuitOpen
     from celery_resilience.errors import (
         ConfigurationError,
         ResilienceError,
         Skip,
         Snooze,
+        TooManyErrors,
     )
     from celery_resilience.failed.api import FailedTasks
     from celery_resilience.idempotency.once import once, purge_once
@@ -30,7 +32,7 @@ else:
     _MODULES = {"FailedTasks": "failed.api", "CircuitOpen": "circuits.breaker"}
     _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
     _MODULES |= {"once": "idempotency.once", "purge_once": "idempotency.once"}
-    _MODULES["ResilientTask"] = "task"
+    _MODULES |= {"ResilientTask": "task", "batch": "batches.plain"}
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -34,7 +34,13 @@ from celery_resilience.failure import describe
 from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
-from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.run_view import (
+    HANDED_OVER,
+    KEY_NAME,
+    KEYED_RUN,
+    RUN_FACTS,
+    RunView,
+)
 from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, nearly_options, wrong_options
@@ -257,7 +263,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return self._run_keyed(rooms, request, args, kwargs)
             return self._run_body(rooms, request, args, kwargs)
         except Skip as skip:
-            rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
+            self._tell(rooms, request, {"skipped": safe_text(skip.reason)})
             return skip.result
         except Ignore as ignore:
             if REPLACED in vars(request):
@@ -275,6 +281,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
+            if RUN_FACTS in vars(request):
+                with soft_limit_deferred():
+                    self._tell(rooms, request, {})
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
@@ -459,7 +468,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
-            rooms.facts.send(id_text(request.id), facts)
+            self._tell(rooms, request, facts)
+
+    @staticmethod
+    def _tell(rooms: ChildRooms, request: Context, facts: dict[str, Any]) -> None:
+        """Send the facts of a run, once, with what its rooms tell."""
+        facts.update(vars(request).pop(RUN_FACTS, {}))
+        rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """
