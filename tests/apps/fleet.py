@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batch_tasks
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
@@ -87,6 +88,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         session_tasks.register(app, base, note, conf)
     if not is_plain:
         circuit_tasks.register(app, base, note)
+        batch_tasks.register(app, base, note)
     return app
 
 
