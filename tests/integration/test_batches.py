@@ -138,16 +138,17 @@ def test_what_a_batch_meets_in_a_day(
 def _an_open_circuit_snoozes_it(fleet: Fleet, down: Path) -> None:
     """Without a retry spent, and what had ended is not done again."""
     result = fleet.send("call_for_each", str(down), 80)
-    eventually(lambda: len(fleet.notes("failed_call")) == 3)
-    eventually(lambda: result.state == "RETRY")
+    eventually(lambda: result.state == "RETRY", what=fleet.workers[0].text)
     down.unlink()
 
     report = report_of(fleet, result)
 
-    assert counts(report) == (77, 0, 3)
-    assert [sample["id"] for sample in report["samples"]] == ["50", "51", "52"]
-    assert report["errors"] == {"ConnectionError": 3}
-    assert rows_of(fleet, result.id) == [*range(50), *range(53, 80)]
+    failed = [line[1] for line in fleet.notes("failed_call")]
+    assert 3 <= len(failed) <= 6
+    assert counts(report) == (80 - len(failed), 0, len(failed))
+    assert [int(sample["id"]) for sample in report["samples"]] == failed
+    assert report["errors"] == {"ConnectionError": len(failed)}
+    assert rows_of(fleet, result.id) == [n for n in range(80) if n not in failed]
     runs = [line[2] for line in fleet.notes("call_for_each")]
     assert len(runs) >= 2
     assert set(runs) == {0}
