@@ -25,6 +25,8 @@ from celery_resilience import (
     Skip,
     Snooze,
     TaskOptions,
+    TooManyErrors,
+    batch,
     once,
     purge_once,
 )
@@ -68,6 +70,31 @@ def pay(self: ResilientTask, order_id: int) -> int:
     """A call through a circuit, and one through another."""
     with self.resilience.circuit("mail"):
         return order_id
+
+
+@app.task(base=ResilientTask, bind=True)
+def enrich(self: ResilientTask, rows: list[int]) -> int:
+    """A batch of a task, with what it comes to."""
+    with self.resilience.batch(
+        "rows", skip=ValueError, keep_failed=pay.s, key=int
+    ) as b:
+        for row in b.items(rows):
+            with b.item(row):
+                pay(row)
+        assert_type(b.report["samples"][0]["id"], str)
+    return b.report["ok"]
+
+
+def enrich_by_hand(rows: list[int]) -> str:
+    """One of no task."""
+    try:
+        with batch("rows", skip=(ValueError, KeyError), concurrency=4) as made:
+            for row, zone in made.map(str, rows):
+                with made.item(row):
+                    enrich(zone)
+    except TooManyErrors as exc:
+        return str(exc.report["failed"])
+    return made.name
 
 
 def owe(order_id: int) -> int:
