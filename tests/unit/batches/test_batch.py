@@ -127,7 +127,7 @@ class Day:
                     fate = next(self.fates, "ok")
                     if fate == "kill":
                         self.visits[item].append("cut")
-                        raise Killed(made)
+                        raise Killed
                     self.visit(made, item, fate)
                     told["stop"] = fate == "stop"
                     if fate == "leave":
@@ -157,15 +157,7 @@ class BugOutside(Exception):
 
 
 class Killed(BaseException):
-    """
-    The process has gone: nobody leaves the batch.
-
-    What its `with` would do as it is left does nothing to the shelf.
-    """
-
-    def __init__(self, made: Batch) -> None:
-        super().__init__()
-        made._page = None
+    """The process has gone: nothing is committed as the batch is left."""
 
 
 @given(
@@ -188,10 +180,9 @@ def test_each_item_is_in_one_place_whatever_ends_its_runs(
     wrong = [n for n, v in enumerate(day.visits) if v[-1] in ("skip", "fail")]
     assert [int(sample["id"]) for sample in made.report["samples"]] == wrong
     assert day.starts == sorted(day.starts)
-    reached = 0
-    for visits in day.visits:
-        reached = max(reached, len(visits))
-    assert reached <= 1 + sum(fate in ENDS for fate in fates)
+    ended = sum(fate != "cut" for visits in day.visits for fate in visits)
+    lost = sum(fate in ("kill", "bug", "bug_outside") for fate in fates)
+    assert ended - count <= lost * (chunk - 1)
 
 
 @given(
@@ -323,6 +314,18 @@ def test_a_soft_limit_after_progress_hands_over() -> None:
     assert shelf.load()["place"] == 2
 
 
+def test_a_soft_limit_of_a_batch_without_a_place_fails_the_task() -> None:
+    """The next run would begin anew, and so for ever."""
+    made = Batch(BatchOptions(name="rows", chunk=1), Surroundings())
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        work(
+            made,
+            range(3),
+            lambda item: SoftTimeLimitExceeded(1) if item == 2 else None,
+        )
+
+
 def test_an_item_counts_once_however_many_scopes_it_has() -> None:
     """What went wrong first is told."""
     with begun(Shelf()) as made:
@@ -452,6 +455,19 @@ def test_secrets_are_masked_and_texts_cut() -> None:
     (sample,) = made.report["samples"]
     assert sample["message"].startswith("*** xxx")
     assert len(sample["message"]) < 300
+
+
+def test_types_are_counted_up_to_a_number() -> None:
+    """Whatever types a library makes on the way."""
+    with begun(Shelf()) as made:
+        for item in made.items(range(80)):
+            with made.item(item):
+                raise type(f"Error{item}", (Exception,), {})
+
+    errors = made.report["errors"]
+    assert len(errors) == 51
+    assert errors["other"] == 30
+    assert sum(errors.values()) == 80
 
 
 class Named(NamedTuple):
