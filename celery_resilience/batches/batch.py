@@ -25,7 +25,6 @@ from celery_resilience.errors import (
     CONTROL_FLOW,
     SOFT_LIMITS,
     BrokerUnavailable,
-    CircuitIsOpen,
     ConfigurationError,
     MemoryLimitExceeded,
     PublishRefused,
@@ -45,19 +44,14 @@ ENDS_BATCH: tuple[type[BaseException], ...] = (
     *SOFT_LIMITS,
     MemoryError,
     MemoryLimitExceeded,
-    CircuitIsOpen,
-    CircuitBreakerError,
+    CircuitBreakerError,  # CircuitOpen is one
     ConfigurationError,
     StoreUnavailable,
     BrokerUnavailable,
 )
 
 #: After these another run goes on: what has ended of the chunk need not be done again.
-GOES_ON: tuple[type[BaseException], ...] = (
-    *CONTROL_FLOW,
-    CircuitIsOpen,
-    CircuitBreakerError,
-)
+GOES_ON: tuple[type[BaseException], ...] = (*CONTROL_FLOW, CircuitBreakerError)
 
 #: Calls of helpers that may have been begun, for each thread, when the first of them is
 #: waited for: a slow one does not leave the other threads idle at once.

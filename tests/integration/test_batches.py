@@ -85,7 +85,7 @@ def test_ten_thousand_rows_survive_three_kills(make_fleet: FleetMaker) -> None:
 
 @pytest.mark.parametrize(
     ("broker", "store"),
-    [("redis", "redis"), ("rabbitmq", "postgresql"), ("filesystem", "sqlite")],
+    [("redis", "redis"), ("rabbitmq", "postgresql")],
 )
 def test_a_deploy_a_kill_and_a_retry_go_on_with_the_batch(
     make_fleet: FleetMaker, tmp_path: Path, broker: str, store: str
