@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from celery import Celery, current_app, current_task, signals
 
-from celery_resilience import _celery, flags
+from celery_resilience import _celery, flags, soft_limit
 from celery_resilience.draining import is_draining, shared
 from celery_resilience.errors import (
     CircuitIsOpen,
@@ -606,6 +606,10 @@ def install(app: Celery) -> Installation:
             from celery_resilience.worker import prepare_spawned_child
 
             prepare_spawned_child(installation, json.loads(told))
+        if installation.child is not None:
+            from celery_resilience._pools import on_child_loop
+
+            on_child_loop(soft_limit.let_handlers_wait)
 
     uid = f"celery_resilience-{id(app)}"
     signals.celeryd_init.connect(on_celeryd_init, weak=False, dispatch_uid=uid)

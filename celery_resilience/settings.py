@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.finite import is_finite
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 from celery_resilience.redaction import without_password
 from celery_resilience.task_options import TaskOptions
@@ -58,19 +59,19 @@ def _count(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of seconds above 0")
 
 
 def _days(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of days above 0, or None")
 
 
 def _mib(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+    if is_finite(value) and value >= 1:
         return float(value)
     raise _Refused("a number of MiB from 1, or None")
 

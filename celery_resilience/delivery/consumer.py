@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from kombu.exceptions import ContentDisallowed
 
 from celery_resilience import _kombu_redis, _pools
+from celery_resilience._kombu import is_forgotten
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
 from celery_resilience.delivery.outbox import Outgoing
@@ -103,7 +104,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> Any:
-            if is_draining() and not _is_gone(message):
+            if is_draining() and not is_forgotten(message):
                 # A loop that blocks takes some more before it ends (``loops.py``,
                 # Celery 5.7).
                 message.reject_log_error(logger, self.connection_errors, requeue=True)
@@ -286,12 +287,6 @@ def build_consumer_class(base: type[Any], **attributes: Any) -> type[Any]:
 def _task_name(message: Any) -> Any:
     headers = message.headers or {}
     return headers["task"] if "task" in headers else message.payload.get("task")
-
-
-def _is_gone(message: Any) -> bool:
-    """Whether the broker has forgotten a message with its delivery."""
-    tags = getattr(message.channel, "no_ack_consumers", None) or ()
-    return (message.delivery_info or {}).get("consumer_tag") in tags
 
 
 def _announced_name(message: Any) -> str:
