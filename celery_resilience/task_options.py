@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
@@ -11,6 +11,7 @@ from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 if TYPE_CHECKING:
     from celery_resilience.circuits.task import IfOpen
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
+    from celery_resilience.retries.rules import Never, On
 
 #: Names of arguments; one string is no list of them.
 Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
@@ -37,6 +38,7 @@ class TaskOptions(TypedDict, total=False):
     unique_enqueue: bool
     max_message_kib: float | None
     memory_limit_mib: float | str | None
+    retry_rules: Sequence[On | Never]
     circuit: Any
     if_circuit_open: IfOpen
 
@@ -78,7 +80,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 #: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE = ("retry_rules",)
+NOT_IN_THIS_RELEASE: tuple[str, ...] = ()
 
 
 def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
