@@ -267,7 +267,7 @@ def let_decide_before_autoretry(
                 raise HeldFromAutoretry(exc) from None
             raise
 
-    run.decides_first = True  # type: ignore[attr-defined]
+    run.decides_first = True
     task._orig_run = run
 
 

@@ -423,9 +423,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                     verdict = raised
                 except Exception:
                     logger.exception("%s: %s could not look", self.name, room)
-            raised = verdict or exc
-            if self._rules is not None and isinstance(raised, Exception):
-                self._retry_by_rule(self._rules, request, raised)
+            failure = verdict or exc
+            if self._rules is not None and isinstance(failure, Exception):
+                self._retry_by_rule(self._rules, request, failure)
         if verdict is not None:
             raise verdict from exc
 

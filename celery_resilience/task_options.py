@@ -79,9 +79,6 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-#: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE: tuple[str, ...] = ()
-
 
 def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     """
@@ -90,7 +87,7 @@ def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     Args:
         known: The names that its base classes have.
     """
-    ours = [*TaskOptions.__annotations__, *NOT_IN_THIS_RELEASE]
+    ours = [*TaskOptions.__annotations__]
     found = []
     for name in vars(task):
         if name not in known:
@@ -136,10 +133,5 @@ def wrong_options(task: type[Any], known: Iterable[str]) -> list[str]:
         f"{name} must be {accepted}, got {getattr(task, name)!r}"
         for name, (is_right, accepted) in _CHECKS.items()
         if not is_right(getattr(task, name))
-    ]
-    found += [
-        f"{name} is not in this release of celery-resilience: remove it"
-        for name in NOT_IN_THIS_RELEASE
-        if getattr(task, name, None)
     ]
     return found + misspelt_options(task, known)

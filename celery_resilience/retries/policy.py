@@ -95,9 +95,7 @@ def decide(
     left_s = MAX_WAIT_S
     if rule.deadline_s is not None:
         left_s = min(left_s, since + rule.deadline_s - now)
-    delay_s = wait_s(
-        rule, failures, hint_s=hint_s or 0.0, left_s=left_s, chance=chance
-    )
+    delay_s = wait_s(rule, failures, hint_s=hint_s or 0.0, left_s=left_s, chance=chance)
     if delay_s is None:
         return GiveUp("deadline")
     kept = (*history.failures, (attempt, now, exception, delay_s))

@@ -152,7 +152,9 @@ class On(Rule):
         return float(least), float(most)
 
     def _refuse(self, option: str, value: Any, accepted: str) -> None:
-        raise ConfigurationError(f"{self!r}: {option} must be {accepted}, got {value!r}")
+        raise ConfigurationError(
+            f"{self!r}: {option} must be {accepted}, got {value!r}"
+        )
 
     def __str__(self) -> str:
         least, most = self.backoff_s
@@ -276,17 +278,16 @@ def _is(kind: type[BaseException], named: Named) -> bool:
 
 def _base_named(kind: type[BaseException], named: Named) -> type[Any] | None:
     """The class among *kind* and its bases that *named* is."""
+    meant: Any = named
     if isinstance(named, str):
         # A package often has a class under another name than where it is defined; what
         # was raised is of a module that is imported.
         module, _, name = named.rpartition(".")
-        known = getattr(sys.modules.get(module), name, None) if module else None
-        if not (isinstance(known, type) and issubclass(known, BaseException)):
-            return next(
-                (base for base in kind.__mro__ if named in _names_of(base)), None
-            )
-        named = known
-    return named if issubclass(kind, named) else None
+        meant = getattr(sys.modules.get(module), name, None) if module else None
+        if not isinstance(meant, type):
+            bases = kind.__mro__
+            return next((base for base in bases if named in _names_of(base)), None)
+    return meant if issubclass(kind, meant) else None
 
 
 def _names_of(kind: type[Any]) -> tuple[str, str]:

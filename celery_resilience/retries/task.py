@@ -99,10 +99,11 @@ class TaskRules:
         return [
             kind.__name__
             for kind in (listed if isinstance(listed, list | tuple) else ())
-            if isinstance(kind, type) and any(reaches(rule, kind) for rule in self.rules)
+            if isinstance(kind, type)
+            and any(reaches(rule, kind) for rule in self.rules)
         ]
 
-    def after(self, task: Any, request: Any, exc: BaseException) -> bool:
+    def after(self, task: Any, request: Any, exc: Exception) -> bool:
         """
         A run has failed: send the task again if its rules say so.
 
@@ -141,7 +142,8 @@ class TaskRules:
             return True
         self._publish(task, request, exc, verdict, now=now, budget=rule.budget)
         emit("retries.scheduled", **facts, delay_s=verdict.delay_s)
-        retry = RetryByRule(exc=exc, when=round(verdict.delay_s, 1))
+        when: Any = round(verdict.delay_s, 1)
+        retry = RetryByRule(exc=exc, when=when)
         retry.raised = exc
         raise retry
 
