@@ -6,9 +6,9 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Resilience"]
-__all__ += ["ResilienceError", "ResilientTask", "Skip", "Snooze", "TaskOptions"]
-__all__ += ["__version__", "once", "purge_once"]
+__all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Never", "On"]
+__all__ += ["Resilience", "ResilienceError", "ResilientTask", "Skip", "Snooze"]
+__all__ += ["TaskOptions", "__version__", "once", "purge_once"]
 
 if TYPE_CHECKING:
     from celery_resilience.circuits.breaker import CircuitOpen
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from celery_resilience.failed.api import FailedTasks
     from celery_resilience.idempotency.once import once, purge_once
     from celery_resilience.install import Resilience
+    from celery_resilience.retries.rules import Never, On
     from celery_resilience.task import ResilientTask
     from celery_resilience.task_options import TaskOptions
 
@@ -30,7 +31,8 @@ else:
     _MODULES = {"FailedTasks": "failed.api", "CircuitOpen": "circuits.breaker"}
     _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
     _MODULES |= {"once": "idempotency.once", "purge_once": "idempotency.once"}
-    _MODULES["ResilientTask"] = "task"
+    _MODULES |= {"ResilientTask": "task", "On": "retries.rules"}
+    _MODULES["Never"] = "retries.rules"
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import wraps
 from typing import Any
 
 import billiard
@@ -40,6 +41,7 @@ from celery_resilience._pools import (
     has_parameters,
     is_event_loop_prefork,
 )
+from celery_resilience.errors import HeldFromAutoretry
 
 # --- what a run ended with -----------------------------------------------------
 
@@ -241,6 +243,32 @@ def enter_body(request: Any) -> None:
     (``app/trace.py:877``, Celery 5.7).
     """
     request._protected = 1
+
+
+def let_decide_before_autoretry(
+    task: Any, is_decided: Callable[[BaseException], bool]
+) -> None:
+    """
+    Carry past `autoretry_for` what *is_decided* says so of, once for each task.
+
+    What `autoretry_for` wraps is an attribute of the task, which it looks up at each
+    call (``app/autoretry.py:33``, Celery 5.7).
+    """
+    body = vars(task).get("_orig_run")
+    if body is None or hasattr(body, "decides_first"):
+        return
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except Exception as exc:
+            if is_in_body(task.request_stack.top) and is_decided(exc):
+                raise HeldFromAutoretry(exc) from None
+            raise
+
+    run.decides_first = True
+    task._orig_run = run
 
 
 def sent_arguments(

@@ -48,11 +48,16 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.lifecycle.bootstep import Lifecycle
+    from celery_resilience.retries.budgets import Budgets
+    from celery_resilience.retries.task import TaskRules
     from celery_resilience.sessions.resources import Resource
 
 Thing = TypeVar("Thing")
 
 _ATTRIBUTE = "_celery_resilience"
+
+#: Most seconds that a message of a retry is held for its time.
+MAX_RETRY_WAIT_S = 900.0
 
 #: The environment variable by which a worker tells a spawned child, which copies
 #: nothing of it, what a forked one knows.
@@ -336,9 +341,6 @@ class Installation:
         """What becomes of a run whose circuit is open; its result, or it raises."""
         from celery_resilience.circuits.task import when_open
 
-        options = self.app.conf.broker_transport_options or {}
-        # kombu's own for Redis, where nobody has set another.
-        visible_s = float(options.get("visibility_timeout") or 3_600.0)
         return when_open(
             task,
             request,
@@ -346,7 +348,54 @@ class Installation:
             args,
             kwargs,
             breakers=self.breakers,
-            visible_s=visible_s,
+            visible_s=self.visible_s,
+        )
+
+    @property
+    def visible_s(self) -> float:
+        """After so many seconds the broker may deliver a held message again."""
+        options = self.app.conf.broker_transport_options or {}
+        # kombu's own for Redis, where nobody has set another.
+        return float(options.get("visibility_timeout") or 3_600.0)
+
+    @cached_property
+    def retry_budgets(self) -> Budgets:
+        """The retry budgets of this process; no setting is read before one is used."""
+        from celery_resilience.retries.budgets import Budgets
+
+        return Budgets(self.budget_store, self.budget_options)
+
+    def budget_options(self) -> dict[str, Any]:
+        """
+        What the app says of its retry budgets, by their names.
+
+        Raises:
+            ConfigurationError: An option is wrong.
+        """
+        if not self.settings.retry_budgets:
+            return {}
+        from celery_resilience.retries.options import budget_options
+
+        return {
+            name: budget_options(name, options)
+            for name, options in self.settings.retry_budgets
+        }
+
+    def task_rules(self, task: type[ResilientTask]) -> TaskRules | None:
+        """
+        The retry rules of *task*; None where it has none.
+
+        Raises:
+            ConfigurationError: They are wrong.
+        """
+        if task.retry_rules == ():
+            return None
+        from celery_resilience.retries.task import task_rules
+
+        return task_rules(
+            task,
+            budgets=lambda: self.retry_budgets,
+            max_wait_s=lambda: min(MAX_RETRY_WAIT_S, self.visible_s / 2),
         )
 
     @property
@@ -486,6 +535,10 @@ class Installation:
         """The store of circuits, or None when the app has none."""
         return self._store("circuits")
 
+    def budget_store(self) -> Any:
+        """The store of retry budgets, or None when the app has none."""
+        return self._store("budgets")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -501,6 +554,7 @@ class Installation:
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
+            from celery_resilience.retries.redis_store import RedisBudgetStore
             from celery_resilience.stores.redis import RedisServer
 
             tls = self.store_choice.tls
@@ -509,6 +563,7 @@ class Installation:
             hasty = RedisServer(url, settings.namespace, tls=tls, **circuits.LIMITS)
             return {
                 "circuits": circuits.RedisCircuitStore(hasty),
+                "budgets": RedisBudgetStore(hasty),
                 "failed": RedisFailedTaskStore(server),
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
@@ -520,11 +575,13 @@ class Installation:
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
+        from celery_resilience.retries.sql_store import SqlBudgetStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
         return {
             "circuits": SqlCircuitStore(database, settings.namespace),
+            "budgets": SqlBudgetStore(database, settings.namespace),
             "failed": SqlFailedTaskStore(database, settings.namespace),
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
@@ -548,6 +605,7 @@ class Installation:
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
+        from celery_resilience.retries import sql_store as retries
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -557,6 +615,7 @@ class Installation:
                 circuits.ROOM: (circuits.VERSION, circuits.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
+                retries.ROOM: (retries.VERSION, retries.TABLES),
             }
         )
 

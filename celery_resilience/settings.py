@@ -336,6 +336,12 @@ class Settings:
         "max_open_s, jitter, probes, probe_lease_s, release_per_s, ramp_from, "
         "queues, exclude}}, each optional.",
     )
+    retry_budgets: tuple[tuple[str, dict[str, Any]], ...] = _setting(
+        (),
+        _circuits,
+        "{name: {share, per_s, most}}, each optional: what retry rules with that budget "
+        "may spend.",
+    )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from celery_resilience.errors import (
     AlreadyRunning,
     CircuitIsOpen,
     ConfigurationError,
+    HeldFromAutoretry,
     KeyMismatch,
     MissingExtra,
     Replaced,
@@ -31,7 +32,7 @@ from celery_resilience.errors import (
     TaskExited,
 )
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
+from celery_resilience.message import HEADER, KEY, RETRY, has_past, id_text, marks_of
 from celery_resilience.outcome import Reason
 from celery_resilience.redaction import safe_text
 from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.task import KeyedRun
     from celery_resilience.install import ChildRooms, Installation
+    from celery_resilience.retries.rules import Never, On
+    from celery_resilience.retries.task import TaskRules
 
 logger = logging.getLogger("celery_resilience.task")
 
@@ -57,8 +60,9 @@ REPLACED = "_resilience_replaced"
 #: What a run is told that does not get its key.
 REFUSALS = (AlreadyDone, AlreadyRunning, KeyMismatch, RunInterrupted)
 
-#: Marks that a retry inherits: it belongs to the same replay, and has the same key.
-INHERITED_MARKS = ("replay", KEY)
+#: Marks that a retry inherits: it belongs to the same replay, has the same key, and
+#: failed as often before.
+INHERITED_MARKS = ("replay", KEY, RETRY)
 
 #: Those that another task inherits.
 INHERITED_BY_ANOTHER = ("replay",)
@@ -120,6 +124,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             of it, in MiB, or as a share ("25%") of the container's memory; above it the
             run fails as `memory_limit`. None: `resilience_memory_limit_mib`. In the
             prefork pool only.
+        retry_rules: What is tried again, how often and until when: a tuple of `On(…)` and
+            `Never(…)`, the first that matches what the body raised. They decide before
+            `autoretry_for`, and bring their own limits beside `max_retries`. What no
+            rule is for stays Celery's.
         circuit: Name of the circuit that guards the task's body, or a
             `pybreaker.CircuitBreaker`: while it is open, the task does not run.
         if_circuit_open: What becomes of the task then, and where the body calls through
@@ -141,6 +149,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     unique_enqueue: bool = False
     max_message_kib: float | None = None
     memory_limit_mib: float | str | None = None
+    retry_rules: Sequence[On | Never] = ()
     circuit: Any = None
     if_circuit_open: IfOpen = "snooze"
 
@@ -149,6 +158,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     _base_has_a_call: ClassVar[bool] = True
     _keys: ClassVar[TaskKeys | None] = None
     _circuit: ClassVar[TaskCircuit | None] = None
+    _rules: ClassVar[TaskRules | None] = None
 
     #: Options that are True because the task has a key.
     asked_by_key: ClassVar[tuple[str, ...]] = ()
@@ -199,7 +209,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
         run_on_loop(cls)
-        cls._keys, cls._circuit = check_options(cls, cls._installation)
+        cls._keys, cls._circuit, cls._rules = check_options(cls, cls._installation)
         super().on_bound(app)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +223,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         2. the idempotency key is taken;
         3. what the body may leave behind is looked at, before and after it;
         4. the body;
-        5. the key is finished, and the circuit told;
+        5. where it has failed, the retry rules are asked; the key is finished, and the
+           circuit told;
         6. the facts of a failure, for the settlement in the main process.
         """
         request = self.request_stack.top
@@ -356,6 +367,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the body, with the rooms that look at what it leaves behind."""
+        if self._rules is not None:
+            self._rules.before(self, request)
+        held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
         try:
             with soft_limit_deferred():
@@ -372,6 +386,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 if rooms.give_way is not None:
                     rooms.give_way()
                 result = self._when_open(request, exc, args, kwargs)
+            except HeldFromAutoretry as exc:
+                held, result = exc, None
+            if held is not None:
+                # Out of its handler, which would become what it was raised in.
+                raise held.raised
         except BaseException as exc:
             if rooms.give_way is not None:
                 rooms.give_way()
@@ -387,12 +406,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         self, rooms: ChildRooms, request: Context, exc: BaseException | None
     ) -> None:
         """
-        Let the rooms look, the innermost first.
+        Let the rooms look, the innermost first; then ask the retry rules.
 
         Raises:
-            ResilienceError: One changes what the run came to; the others still look.
+            ResilienceError: A room changes what the run came to; the others still look.
+            RetryByRule: The task is tried again.
         """
-        if not rooms.around:
+        if not (rooms.around or self._rules):
             return
         verdict: ResilienceError | None = None
         with soft_limit_deferred():
@@ -403,8 +423,24 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                     verdict = raised
                 except Exception:
                     logger.exception("%s: %s could not look", self.name, room)
+            failure = verdict or exc
+            if self._rules is not None and isinstance(failure, Exception):
+                self._retry_by_rule(self._rules, request, failure)
         if verdict is not None:
             raise verdict from exc
+
+    def _retry_by_rule(
+        self, rules: TaskRules, request: Context, exc: Exception
+    ) -> None:
+        """
+        Send the task again where one of its rules says so, and what it left is undone.
+
+        Raises:
+            RetryByRule: It is sent.
+        """
+        # Celery's own retry may have been the last one already.
+        if vars(request).get(EXHAUSTED) != id(exc) and rules.after(self, request, exc):
+            vars(request)[EXHAUSTED] = id(exc)
 
     def _begin_keyed(
         self,
@@ -687,12 +723,13 @@ def _is_redelivered(request: Context) -> bool:
 
 def check_options(
     task: type[ResilientTask], installation: Installation
-) -> tuple[TaskKeys | None, TaskCircuit | None]:
+) -> tuple[TaskKeys | None, TaskCircuit | None, TaskRules | None]:
     """
     Check a task's options where it is registered.
 
     Returns:
-        How its keys are made, and the circuit around it; None where it has none.
+        How its keys are made, the circuit around it, and its retry rules; None where
+        it has none.
 
     Raises:
         ConfigurationError: Some are wrong; the message names the task, each
@@ -708,7 +745,7 @@ def check_options(
             name,
             meant,
         )
-    keys = circuit = None
+    keys = circuit = rules = None
     try:
         keys = installation.task_keys(task)
     except ConfigurationError as exc:
@@ -717,6 +754,17 @@ def check_options(
         circuit = installation.task_circuit(task)
     except ConfigurationError as exc:
         wrong.append(str(exc))
+    try:
+        rules = installation.task_rules(task)
+    except ConfigurationError as exc:
+        wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
-    return keys, circuit
+    for name in () if rules is None else rules.idle_autoretries(task):
+        logger.warning(
+            "task %s has autoretry_for = %s, which its retry_rules decide: it is never "
+            "asked for",
+            task.name,
+            name,
+        )
+    return keys, circuit, rules

@@ -174,6 +174,7 @@ class WorkerSetup:
             )
         self.installation.check_store()
         self.installation.circuit_options()
+        self.installation.budget_options()
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
