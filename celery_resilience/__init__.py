@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Resilience"]
-__all__ += ["ResilienceError", "ResilientTask", "Skip", "Snooze", "TaskOptions"]
-__all__ += ["__version__", "once", "purge_once"]
+__all__ += ["ResilienceError", "ResilientTask", "Skip", "Snooze", "TaskContext"]
+__all__ += ["TaskOptions", "__version__", "add_task_context", "once", "purge_once"]
 
 if TYPE_CHECKING:
     from celery_resilience.circuits.breaker import CircuitOpen
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from celery_resilience.install import Resilience
     from celery_resilience.task import ResilientTask
     from celery_resilience.task_options import TaskOptions
+    from celery_resilience.telemetry.binding import TaskContext, add_task_context
 
     __version__: str
 else:
@@ -30,7 +31,8 @@ else:
     _MODULES = {"FailedTasks": "failed.api", "CircuitOpen": "circuits.breaker"}
     _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
     _MODULES |= {"once": "idempotency.once", "purge_once": "idempotency.once"}
-    _MODULES["ResilientTask"] = "task"
+    _MODULES |= {"ResilientTask": "task", "TaskContext": "telemetry.binding"}
+    _MODULES["add_task_context"] = "telemetry.binding"
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
