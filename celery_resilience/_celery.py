@@ -17,6 +17,8 @@ import billiard.common
 from billiard import pool as billiard_pools
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import _state, signals, states
+from celery.app import log as app_log
+from celery.app import trace
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
 from celery.concurrency import asynpool
@@ -188,6 +190,33 @@ def cut_off_running(consumer: Any) -> None:
 def cut_off_from_outside(request: Any) -> None:
     """Settle a request whose body goes on until this process ends."""
     request._announce_cancelled(emit_retry=not request.task.acks_late)
+
+
+# --- its log ---------------------------------------------------------------------------
+
+
+#: The task that runs in this thread, the innermost one; None where none does
+#: (``_state.py:136``, Celery 5.7).
+running_task: Callable[[], Any] = _state.get_current_task
+
+#: How a line begins that tells of a retry, and one of a task that was ignored; each has
+#: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
+LOG_RETRY, LOG_IGNORED = trace.LOG_RETRY, trace.LOG_IGNORED
+
+#: Lines that quote a message, and how many of their arguments do not, at the beginning
+#: (``worker/consumer/consumer.py:748``, ``concurrency/base.py:149``, Celery 5.7).
+QUOTING_LINES: Mapping[str, int] = {
+    consumers.UNKNOWN_FORMAT: 0,
+    consumers.UNKNOWN_TASK_ERROR: 1,
+    consumers.INVALID_TASK_ERROR: 1,
+    consumers.MESSAGE_DECODE_ERROR: 3,
+    "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
+}
+
+
+def is_own_formatter(formatter: Any) -> bool:
+    """Whether a handler writes as Celery does where nobody has said how."""
+    return type(formatter) in (celery_log.ColorFormatter, app_log.TaskFormatter)
 
 
 # --- around a task body ------------------------------------------------------------

@@ -249,6 +249,20 @@ def undelayed(exchange: str, routing_key: str) -> tuple[str, str]:
     return exchange, routing_key
 
 
+def trace_id_of(headers: Mapping[str, Any]) -> str | None:
+    """
+    The trace id that the sender wrote, if any: W3C's `traceparent`, or Sentry's header.
+
+    Source: W3C Trace Context, section 3.2; Sentry's `sentry-trace`, which is trace id,
+    span id and decision.
+    """
+    parts = str(headers.get("traceparent") or "").split("-")
+    if len(parts) >= 4 and len(parts[1]) == 32:
+        return parts[1]
+    parts = str(headers.get("sentry-trace") or "").split("-")
+    return parts[0] if len(parts) >= 2 and len(parts[0]) == 32 else None
+
+
 def text_of(value: Any) -> str:
     """A text, whatever a message says where there should be one."""
     return value if isinstance(value, str) else "" if value is None else str(value)

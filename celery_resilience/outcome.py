@@ -61,6 +61,8 @@ class Settlement:
         reason: Of a failure, a `Reason`; of anything else a word or None.
         attempt: Celery's number of the try, from 1.
         run_s: Seconds from accept to settlement; None if it never started.
+        wait_s: Seconds from when it might run to its start; None where nobody knows.
+        trace_id: Of the trace that its sender wrote on the message.
         failure: What went wrong, when the outcome is failed.
         args, kwargs: Redacted texts, when the outcome is failed.
         arguments: The same by name, or by position where there is none.
@@ -81,6 +83,8 @@ class Settlement:
     parent_id: str | None = None
     pid: int | None = None
     run_s: float | None = None
+    wait_s: float | None = None
+    trace_id: str | None = None
     failure: Failure | None = None
     args: str = ""
     kwargs: str = ""

@@ -14,7 +14,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
-from celery_resilience.body import HEARS_OF_CIRCUITS
+from celery_resilience.body import HEARS_OF_CIRCUITS, RUNNING
 from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
@@ -371,6 +371,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._rules.before(self, request)
         held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
+        running = RUNNING.set(request)
         try:
             with soft_limit_deferred():
                 for room in rooms.around:
@@ -398,6 +399,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._after_body(rooms, request, exc)
             raise
         finally:
+            RUNNING.reset(running)
             HEARS_OF_CIRCUITS.reset(token)
         self._after_body(rooms, request, None)
         return result

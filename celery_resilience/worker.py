@@ -57,7 +57,10 @@ from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.task import ResilientTask
-from celery_resilience.telemetry.log import FailureLog, WorkerLog
+from celery_resilience.telemetry.log import FailureLog
+from celery_resilience.telemetry.log_setup import LogSetup
+from celery_resilience.telemetry.log_worker import WorkerLog
+from celery_resilience.worker_start import WorkerStart
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
 logger = logging.getLogger("celery_resilience.worker")
@@ -238,10 +241,16 @@ class WorkerSetup:
                 "memory": memory_told(installation, memory),
             }
         )
-        FailureLog(installation.settings.log_format).attach()
+        log_setup = attach_log(installation)
         LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
-        log = WorkerLog(self.deliveries, self.start_line, life.drain.words)
+        log = WorkerLog(
+            installation.settings.log_format,
+            self.deliveries,
+            start=self.start(),
+            end=life.drain,
+            clock=time.monotonic,
+        )
         log.attach()
         warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
@@ -249,6 +258,7 @@ class WorkerSetup:
 
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
+                log_setup.apply()
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
                 if has_circuits(installation):
@@ -266,6 +276,17 @@ class WorkerSetup:
                 self.deliveries.facts.close()
                 life.ended()
 
+        def on_logging(instance: Any = None, **_: Any) -> None:
+            if instance is worker:
+                log_setup.apply()
+
+        def on_child(**_: Any) -> None:
+            log_setup.apply()  # it may have a file of its own
+
+        signals.celeryd_after_setup.connect(on_logging, weak=False, dispatch_uid=uid)
+        signals.worker_process_init.connect(
+            on_child, weak=False, dispatch_uid=f"{uid}-log"
+        )
         signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
         signals.worker_shutting_down.connect(
             on_shutting_down, weak=False, dispatch_uid=uid
@@ -301,30 +322,16 @@ class WorkerSetup:
         replace_step(self.app, "consumer", memory_step(setup))
         return setup
 
-    def start_line(self) -> str:
-        """What an operator should know of this worker, in one line."""
-        from celery_resilience import __version__
-        from celery_resilience.redaction import without_password
-
-        installation = self.installation
-        settings, choice = installation.settings, installation.store_choice
-        kept = (
-            f"kept in {without_password(choice.url)} ({choice.why})"
-            if choice.url
-            else f"kept in no store ({choice.why})"
+    def start(self) -> WorkerStart:
+        """What an operator should know of this worker."""
+        return WorkerStart(
+            self.installation,
+            self.worker,
+            failed_queues=self.failed_queues,
+            collect_queues=self.collect_queues,
+            collects=self.collects,
+            stops=self.lifecycle,
         )
-        spool = settings.spool_dir or "none: messages stay unacknowledged"
-        return (
-            f"celery-resilience {__version__}: failed tasks of {settings.namespace!r} "
-            f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
-            f"at most {installation.max_crashes} crashes; "
-            f"{'collects here' if self.collects else 'does not collect here'}"
-            f"{self._other_queues()}; {self.lifecycle.words()}"
-        )
-
-    def _other_queues(self) -> str:
-        queues = ", ".join(self.collect_queues)
-        return f"; dead-letter queues {queues}" if queues else ""
 
     def _ask_store(self) -> None:
         """Raise what the store says, if it does not answer."""
@@ -352,6 +359,27 @@ class WorkerSetup:
                 if getattr(base, "deliveries", None) is not self.deliveries:
                     ours: Any = build_request_class(base, self.deliveries)
                     task.Request = ours
+
+
+def attach_log(installation: Installation) -> LogSetup:
+    """Log what ends in a worker; what it returns is applied where handlers are made."""
+    settings = installation.settings
+    FailureLog(
+        settings.log_format, clock=time.monotonic, rss_mib_of=find_eyes().rss_mib_of
+    ).attach()
+    return log_setup_of(installation)
+
+
+def log_setup_of(installation: Installation) -> LogSetup:
+    """What the processes of a worker do with every record of their log."""
+    settings = installation.settings
+    return LogSetup(
+        settings.log_format,
+        settings.redact,
+        is_ours=lambda task: (
+            isinstance(task, ResilientTask) and not task.name.startswith("celery.")
+        ),
+    )
 
 
 def replay_fence(installation: Installation) -> ReplayFence:
@@ -508,6 +536,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
     Args:
         told: What the worker tells by `WORKER_VARIABLE`.
     """
+    log_setup_of(installation).apply()
     facts = NoFacts()
     memory = enter_spawned_child(installation, told["memory"])
     installation.child = ChildRooms(

@@ -24,7 +24,11 @@ from celery.exceptions import (
 from celery_resilience import _celery, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformed_call
-from celery_resilience.delivery.settlement import failure_of_run, plain_failure
+from celery_resilience.delivery.settlement import (
+    failure_of_run,
+    plain_failure,
+    reason_of_retry,
+)
 from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
     AskAgain,
@@ -121,7 +125,7 @@ class ResilientRequest(SettlingRequest):
             self._send_again(outcome, exc.reason, exc.delay_s, exc.marks)
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Retry):
-            self._settle(Outcome.RETRIED)
+            self._settle(Outcome.RETRIED, *reason_of_retry(self, exc))
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Ignore):
             reason = getattr(exc, "reason", "ignored")

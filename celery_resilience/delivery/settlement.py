@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Reject, Retry, TimeLimitExceeded, WorkerLostError
 
 from celery_resilience import _celery
 from celery_resilience.errors import MemoryLimitExceeded
@@ -20,7 +20,7 @@ from celery_resilience.failure import (
     fingerprint_of,
     type_name,
 )
-from celery_resilience.message import id_text
+from celery_resilience.message import HEADER, id_text, trace_id_of
 from celery_resilience.outcome import Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
@@ -68,6 +68,8 @@ def settlement_of(
         parent_id=id_text(request._parent_id) or None,
         pid=request.worker_pid,
         run_s=None if started is None else max(0.0, time.time() - started),
+        wait_s=None if started is None else _wait_s(request, started),
+        trace_id=trace_id_of(request.message.headers),
         failure=failure,
         args=shown.args,
         kwargs=shown.kwargs,
@@ -77,6 +79,24 @@ def settlement_of(
         marks=request.marks,
         facts=facts or {},
     )
+
+
+def _wait_s(request: Any, started: float) -> float | None:
+    """
+    Seconds for which a task waited that might run already.
+
+    None of what was delivered before, or is replayed: it would wait for its first run.
+    """
+    marks = request.message.headers.get(HEADER)
+    marks = marks if isinstance(marks, dict) else {}
+    if request._delivery_info["redelivered"] or "replay" in marks:
+        return None
+    eta, sent_at = request._eta, marks.get("sent_at")
+    if eta is not None:
+        return max(0.0, started - eta.timestamp())
+    if isinstance(sent_at, int | float):
+        return max(0.0, started - sent_at)
+    return None
 
 
 def failure_of_run(
@@ -115,6 +135,19 @@ def failure_of_run(
         described["exception"] = _celery.wrapped_type(exc) or described["exception"]
         return failure_of(described, traceback)
     return Failure(kind, message, cause, traceback)
+
+
+def reason_of_retry(
+    request: Any, exc: Retry
+) -> tuple[str | None, None, Mapping[str, Any]]:
+    """The type of what a run is retried for, no failure, and what is told of it."""
+    why: Any = exc.exc
+    if not isinstance(why, BaseException):
+        return None, None, {"delay_s": exc.when}
+    secrets = _shown_arguments(request).secrets
+    error = mask(safe_text(why, MAX_MESSAGE_CHARS), secrets)
+    kind = _celery.wrapped_type(why) or type_name(type(why))
+    return kind, None, {"delay_s": exc.when, "error": error}
 
 
 def plain_failure(exception: str, message: str, task: str) -> Failure:

@@ -108,7 +108,9 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
                 copy = send_again(original, delay_s=delay_s, marks=marks)
                 self._store(copy, keep=False)
             if observed(EVENTS[outcome]):
-                settlement = settlement_of(self, outcome, reason)
+                settlement = settlement_of(
+                    self, outcome, reason, facts={"delay_s": delay_s}
+                )
                 emit(EVENTS[outcome], settlement=settlement)
         finally:
             self.deliveries.gate.left(self)

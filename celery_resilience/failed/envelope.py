@@ -24,6 +24,7 @@ from celery_resilience.message import (
     id_text,
     is_of_delivery,
     replay_of,
+    trace_id_of,
 )
 from celery_resilience.outcome import Outcome, Reason, Settlement
 from celery_resilience.redaction import safe_text
@@ -101,7 +102,7 @@ def envelope(
         "content_type": original.content_type,
         "body_kib": round(len(original.body) / 1024, 1),
         "release": release,
-        "trace_id": trace_id(original.headers),
+        "trace_id": trace_id_of(original.headers),
         "sentry_event_id": settlement.facts.get("sentry_event_id"),
         "idempotency_key": (
             settlement.marks[KEY][0]
@@ -221,12 +222,6 @@ def message_name(packed: Mapping[str, Any]) -> str:
         if not is_of_delivery(name) and name != HEADER
     }
     return _digest(packed["body"], json.dumps(own, default=str, sort_keys=True))
-
-
-def trace_id(headers: Mapping[str, Any]) -> str | None:
-    """The W3C trace id that the sender wrote, if any (W3C Trace Context, 3.2)."""
-    parts = str(headers.get("traceparent") or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
 
 
 def pack(original: OriginalMessage) -> dict[str, Any]:
