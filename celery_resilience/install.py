@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.lifecycle.bootstep import Lifecycle
     from celery_resilience.sessions.resources import Resource
+    from celery_resilience.telemetry.business import RunCounts
 
 Thing = TypeVar("Thing")
 
@@ -202,6 +203,7 @@ class Installation:
         child: What surrounds a body; None outside a worker, or when it is off.
         lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
+        has_metrics: Somebody reads what this worker counts.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -209,6 +211,7 @@ class Installation:
         self.child: ChildRooms | None = None
         self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
+        self.has_metrics = False
         self._stores: dict[str, Any] = {}
 
     @cached_property
@@ -250,6 +253,16 @@ class Installation:
         from celery_resilience.batches.task import Streams
 
         return Streams(self.checkpoint_store, is_stopping=is_draining)
+
+    def new_counts(self) -> RunCounts:
+        """For what one run counts itself."""
+        from celery_resilience.telemetry.business import RunCounts
+
+        return RunCounts(self._hides_label)
+
+    def _hides_label(self, name: str) -> bool:
+        hidden = frozenset(map(str.lower, self.settings.redact))
+        return is_hidden(name, hidden)
 
     @cached_property
     def key_sender(self) -> KeySender:

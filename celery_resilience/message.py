@@ -22,6 +22,12 @@ HEADER = "resilience"
 #: The mark by which a message carries its idempotency key: it says nothing of a past.
 KEY = "key"
 
+#: The mark by which a message tells when it was sent, in wall seconds: no past either.
+SENT_AT = "sent_at"
+
+#: Marks of a message that was neither replayed nor sent again.
+_OF_THE_FIRST = frozenset({KEY, SENT_AT})
+
 #: Characters of a key's name, and of the name of a process.
 MAX_KEY = 255
 
@@ -131,7 +137,9 @@ def marks_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:
 def has_past(headers: Mapping[str, Any]) -> bool:
     """Whether a message with these headers was replayed or sent again."""
     marks = headers.get(HEADER)
-    return bool(marks) and (not isinstance(marks, dict) or marks.keys() != {KEY})
+    return bool(marks) and (
+        not isinstance(marks, dict) or not marks.keys() <= _OF_THE_FIRST
+    )
 
 
 def _is_count(mark: Any) -> bool:
@@ -176,6 +184,7 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "redeliveries": _is_count,
     "replay": _is_replay,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
+    "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "snoozes": _is_count,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
