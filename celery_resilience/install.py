@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from celery_resilience.retries.budgets import Budgets
     from celery_resilience.retries.task import TaskRules
     from celery_resilience.sessions.resources import Resource
+    from celery_resilience.telemetry.business import RunCounts
 
 Thing = TypeVar("Thing")
 
@@ -207,6 +208,7 @@ class Installation:
         child: What surrounds a body; None outside a worker, or when it is off.
         lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
+        has_metrics: Somebody reads what this worker counts.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -214,6 +216,7 @@ class Installation:
         self.child: ChildRooms | None = None
         self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
+        self.has_metrics = False
         self._stores: dict[str, Any] = {}
 
     @cached_property
@@ -255,6 +258,16 @@ class Installation:
         from celery_resilience.batches.task import Streams
 
         return Streams(self.checkpoint_store, is_stopping=is_draining)
+
+    def new_counts(self) -> RunCounts:
+        """For what one run counts itself."""
+        from celery_resilience.telemetry.business import RunCounts
+
+        return RunCounts(self._hides_label)
+
+    def _hides_label(self, name: str) -> bool:
+        hidden = frozenset(map(str.lower, self.settings.redact))
+        return is_hidden(name, hidden)
 
     @cached_property
     def key_sender(self) -> KeySender:

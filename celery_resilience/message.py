@@ -27,8 +27,11 @@ KEY = "key"
 RETRY = "retry"
 RETRY_WAIT = "retry_wait"
 
+#: The mark by which a message tells when it was sent, in wall seconds: no past either.
+SENT_AT = "sent_at"
+
 #: The marks that say nothing of a past.
-_OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT})
+_OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT, SENT_AT})
 
 #: Characters of a key's name, and of the name of a process.
 MAX_KEY = 255
@@ -219,6 +222,7 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     RETRY: _is_retry,
     RETRY_WAIT: _is_retry_wait,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
+    "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "snoozes": _is_count,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery_resilience.failure import Failure
 
@@ -93,3 +93,31 @@ class Settlement:
     chain_length: int = 0
     marks: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: The event that is emitted with an `Ended`, for each delivery of a resilient task and
+#: for each message that never became one.
+ENDED = "delivery.ended"
+
+
+#: The event by which is told what a run has counted itself, and its name in the facts.
+COUNTED = "delivery.counted"
+COUNTED_FACT = "counted"
+
+
+class Ended(NamedTuple):
+    """
+    What is counted of a delivery that has ended: cheap, for there is one for each.
+
+    Attributes:
+        attempt: Celery's number of the try, from 1.
+        run_s: Seconds from accept to settlement; None if it never started.
+        wait_s: Seconds from when it might run to its start; None where nobody knows.
+    """
+
+    task: str
+    queue: str
+    outcome: Outcome
+    attempt: int = 1
+    run_s: float | None = None
+    wait_s: float | None = None

@@ -26,7 +26,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "metrics_port": None,
 }
 
 
@@ -356,6 +355,12 @@ class Settings:
         _optional(_address),
         "Answers /live and /ready over HTTP there: a port on every address, or "
         '"host:port".',
+    )
+    metrics_port: tuple[str, int] | None = _setting(
+        None,
+        _optional(_address),
+        "Shows metrics to Prometheus at /metrics there: a port on every address, or "
+        '"host:port"; the health port\'s, too.',
     )
     memory_recycle_mib: float | str | None = _setting(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
 from types import MethodType
@@ -32,10 +33,24 @@ from celery_resilience.errors import (
     TaskExited,
 )
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, KEY, RETRY, has_past, id_text, marks_of
-from celery_resilience.outcome import Reason
+from celery_resilience.message import (
+    HEADER,
+    KEY,
+    RETRY,
+    SENT_AT,
+    has_past,
+    id_text,
+    marks_of,
+)
+from celery_resilience.outcome import COUNTED_FACT, Reason
 from celery_resilience.redaction import safe_text
-from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.run_view import (
+    COUNTS,
+    HANDED_OVER,
+    KEY_NAME,
+    KEYED_RUN,
+    RunView,
+)
 from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, nearly_options, wrong_options
@@ -268,7 +283,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return self._run_keyed(rooms, request, args, kwargs)
             return self._run_body(rooms, request, args, kwargs)
         except Skip as skip:
-            rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
+            self._tell(rooms, request, {"skipped": safe_text(skip.reason)})
             return skip.result
         except Ignore as ignore:
             if REPLACED in vars(request):
@@ -286,6 +301,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
+            if COUNTS in vars(request):
+                with soft_limit_deferred():
+                    self._tell(rooms, request, {})
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
@@ -497,7 +515,15 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
-            rooms.facts.send(id_text(request.id), facts)
+            self._tell(rooms, request, facts)
+
+    @staticmethod
+    def _tell(rooms: ChildRooms, request: Context, facts: dict[str, Any]) -> None:
+        """Send the facts of a run, once, with what it has counted itself."""
+        counts = vars(request).pop(COUNTS, None)
+        if counts is not None:
+            facts[COUNTED_FACT] = counts.fact()
+        rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -556,12 +582,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         keys, installation = self._keys, self._installation
         publish: Any = super().apply_async
         has_limit = self.max_message_kib is not None
-        if (
-            (keys is None and not has_limit)
-            or installation is None
-            or not installation.settings.enabled
-            or self.app.conf.task_always_eager
-        ):
+        if installation is None or not installation.settings.enabled:
+            return publish(args, kwargs, **options)
+        options["headers"] = _with_time(options.get("headers"))
+        if (keys is None and not has_limit) or self.app.conf.task_always_eager:
             return publish(args, kwargs, **options)
         if has_limit:
             publish = self._publish_guarded
@@ -692,6 +716,13 @@ def run_on_loop(task: type[ResilientTask]) -> None:
         return run_coroutine(coroutine)
 
     task.run = staticmethod(run) if is_static else run  # type: ignore[method-assign]
+
+
+def _with_time(headers: Any) -> dict[str, Any]:
+    """Headers with our mark of the present moment, from which a task's wait counts."""
+    headers = headers or {}
+    marks = marks_of(headers) if HEADER in headers else {}
+    return {**headers, HEADER: {**marks, SENT_AT: round(time.time(), 3)}}
 
 
 def inherited_marks(

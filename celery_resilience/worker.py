@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
 from celery_resilience import _celery, _pools, draining
+from celery_resilience.circuits.policy import State as CircuitState
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
@@ -57,6 +59,11 @@ from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.task import ResilientTask
+from celery_resilience.telemetry.bootstep import (
+    Questions,
+    WorkerMetrics,
+    metrics_step,
+)
 from celery_resilience.telemetry.log import FailureLog
 from celery_resilience.telemetry.log_setup import LogSetup
 from celery_resilience.telemetry.log_worker import WorkerLog
@@ -114,6 +121,7 @@ class WorkerSetup:
             ),
         )
         flag = installation.flags.get
+        self.metrics = self._make_metrics()
         self.lifecycle = Lifecycle(
             worker,
             draining.share(),
@@ -127,6 +135,8 @@ class WorkerSetup:
             waiting_at_gate=self.deliveries.gate.waiting,
             hand_back=self.deliveries.hand_back,
             ask_store=self._ask_store if installation.store_choice.url else None,
+            pages_address=installation.flag_or_setting("metrics_port"),
+            pages=self.metrics.pages,
         )
         self.starts = StartGuard(
             installation.start_store,
@@ -134,6 +144,32 @@ class WorkerSetup:
             window_s=settings.crash_window_s,
             worker=self.worker_id,
             tell=self.deliveries.facts.send,
+        )
+
+    def _make_metrics(self) -> WorkerMetrics:
+        """
+        What this worker counts, and shows.
+
+        Raises:
+            ConfigurationError: A library is missing.
+        """
+        installation = self.installation
+        has_store = installation.store_choice.url is not None
+        return WorkerMetrics(
+            self.app,
+            self.worker,
+            address=installation.flag_or_setting("metrics_port"),
+            tasks=[task.name for task in resilient_tasks(installation)],
+            questions=Questions(
+                store=installation.failed_store if has_store else None,
+                failed_queues=(*self.failed_queues, *self.collect_queues),
+                circuits=(
+                    partial(circuit_states, installation)
+                    if has_circuits(installation)
+                    else None
+                ),
+                own_kib_of=find_eyes().own_kib_of,
+            ),
         )
 
     def _start_releasing(self, release: Callable[[], None]) -> None:
@@ -252,6 +288,10 @@ class WorkerSetup:
             clock=time.monotonic,
         )
         log.attach()
+        metrics = self.metrics
+        metrics.attach()
+        installation.has_metrics = metrics.is_read
+        replace_step(self.app, "worker", metrics_step(metrics))
         warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
@@ -261,6 +301,7 @@ class WorkerSetup:
                 log_setup.apply()
                 log.started(warnings.sentences())
                 warnings.look_at_key_store()
+                metrics.ready()
                 if has_circuits(installation):
                     installation.circuits.start_reading()
 
@@ -274,6 +315,7 @@ class WorkerSetup:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
+                metrics.ended()
                 life.ended()
 
         def on_logging(instance: Any = None, **_: Any) -> None:
@@ -502,6 +544,27 @@ def has_circuits(installation: Installation) -> bool:
         isinstance(task, ResilientTask) and task.circuit_name is not None
         for task in installation.app.tasks.values()
     )
+
+
+def circuit_states(installation: Installation) -> dict[str, str]:
+    """The state of each circuit that a setting or a task names, as the store has it."""
+    tasks = [task.circuit_name for task in resilient_tasks(installation)]
+    names = dict.fromkeys([*dict(installation.settings.circuits), *filter(None, tasks)])
+    store, now = installation.circuit_store(), time.time()
+    states = {name: installation.circuits.get(name).state for name in names}
+    if store is not None:
+        answer = store.read(list(names))
+        now = answer.now
+        states = {
+            name: CircuitState.from_text(answer.found[name].text)
+            if name in answer.found
+            else CircuitState()
+            for name in names
+        }
+    return {
+        name: str(state.forced_at(now) or state.position)
+        for name, state in states.items()
+    }
 
 
 def prepare_worker(installation: Installation, worker: Any) -> None:

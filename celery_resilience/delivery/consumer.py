@@ -29,7 +29,14 @@ from celery_resilience.message import (
     id_text,
     marks_of,
 )
-from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
+from celery_resilience.outcome import (
+    ENDED,
+    EVENTS,
+    Ended,
+    Outcome,
+    Reason,
+    Settlement,
+)
 from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
@@ -251,6 +258,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         deliveries.received += 1
         deliveries.counts[Outcome.FAILED] += 1
         envelope = deliveries.keeps.message_for(settlement, original)
+        emit(ENDED, ended=Ended(task, original.queue, Outcome.FAILED))
         emit(EVENTS[Outcome.FAILED], settlement=settlement)
         if envelope is None:
             then()

@@ -43,9 +43,10 @@ from celery_resilience.errors import (
     TaskRanOutOfMemory,
     TooManyCrashes,
 )
+from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
 from celery_resilience.message import HEADER, id_text, marks_of
-from celery_resilience.outcome import Outcome, Reason
+from celery_resilience.outcome import COUNTED, COUNTED_FACT, Outcome, Reason
 from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
@@ -372,7 +373,10 @@ class ResilientRequest(SettlingRequest):
         return self.deliveries.can_come_again(self.message)
 
     def _take_facts(self) -> dict[str, Any]:
-        return self.deliveries.facts.take(self.worker_pid, id_text(self.id))
+        facts = self.deliveries.facts.take(self.worker_pid, id_text(self.id))
+        if COUNTED_FACT in facts:
+            emit(COUNTED, fact=facts.pop(COUNTED_FACT))
+        return facts
 
 
 def build_request_class(base: type[Any], deliveries: Deliveries) -> type[Any]:

@@ -20,8 +20,8 @@ from celery_resilience.failure import (
     fingerprint_of,
     type_name,
 )
-from celery_resilience.message import HEADER, id_text, trace_id_of
-from celery_resilience.outcome import Outcome, Settlement
+from celery_resilience.message import HEADER, SENT_AT, id_text, trace_id_of
+from celery_resilience.outcome import Ended, Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
     mask,
@@ -81,6 +81,19 @@ def settlement_of(
     )
 
 
+def ended_of(request: Any, outcome: Outcome) -> Ended:
+    """What is counted of a delivery, from its `ResilientRequest`."""
+    started = request.time_start
+    return Ended(
+        request._type,
+        request.deliveries.queue_of(request.message),
+        outcome,
+        (request._request_dict.get("retries") or 0) + 1,
+        None if started is None else max(0.0, time.time() - started),
+        None if started is None else _wait_s(request, started),
+    )
+
+
 def _wait_s(request: Any, started: float) -> float | None:
     """
     Seconds for which a task waited that might run already.
@@ -91,9 +104,9 @@ def _wait_s(request: Any, started: float) -> float | None:
     marks = marks if isinstance(marks, dict) else {}
     if request._delivery_info["redelivered"] or "replay" in marks:
         return None
-    eta, sent_at = request._eta, marks.get("sent_at")
+    eta, sent_at = request._eta, marks.get(SENT_AT)
     if eta is not None:
-        return max(0.0, started - eta.timestamp())
+        return max(0.0, float(started - eta.timestamp()))
     if isinstance(sent_at, int | float):
         return max(0.0, started - sent_at)
     return None

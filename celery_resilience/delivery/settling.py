@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.outbox import Outgoing
 from celery_resilience.delivery.send_again import send_again
-from celery_resilience.delivery.settlement import settlement_of
+from celery_resilience.delivery.settlement import ended_of, settlement_of
 from celery_resilience.events import emit, observed
 from celery_resilience.failure import Failure
 from celery_resilience.message import OriginalMessage, has_past, marks_of
-from celery_resilience.outcome import EVENTS, Outcome
+from celery_resilience.outcome import ENDED, EVENTS, Outcome
 
 if TYPE_CHECKING:
     CeleryRequest: TypeAlias = Any
@@ -122,6 +122,8 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
             return False
         self.settled_as = outcome
         self.deliveries.closed(self, outcome)
+        if observed(ENDED):
+            emit(ENDED, ended=ended_of(self, outcome))
         return True
 
     @property

@@ -71,9 +71,7 @@ class CeleryRecords(logging.Filter):
             self._take_secrets_out(record)
         return True
 
-    def _is_repeated(
-        self, record: logging.LogRecord, data: Mapping[str, Any]
-    ) -> bool:
+    def _is_repeated(self, record: logging.LogRecord, data: Mapping[str, Any]) -> bool:
         return (
             (
                 record.msg == LOG_RETRY
