@@ -15,6 +15,8 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from celery_resilience.trace_ids import is_traceparent, traceparent_of, without_trace
+
 #: The one header of ours. Celery copies unknown headers to retries, so
 #: everything that we write on a message is below it.
 HEADER = "resilience"
@@ -109,6 +111,14 @@ class OriginalMessage:
             redelivered=False,
         )
 
+    def in_new_trace(self) -> OriginalMessage:
+        """The message, to start a trace of its own, which is linked to the one it had."""
+        traceparent = traceparent_of(self.headers)
+        if traceparent is None:
+            return self
+        message = self.marked(trace=traceparent)
+        return replace(message, headers=without_trace(message.headers))
+
     def due_at(self, at: datetime | None) -> OriginalMessage:
         """The message, to be run not before *at*."""
         eta = None if at is None else at.astimezone(UTC).isoformat()
@@ -177,6 +187,7 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "replay": _is_replay,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
     "snoozes": _is_count,
+    "trace": is_traceparent,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
 }

@@ -14,7 +14,9 @@ TRACEPARENT, TRACESTATE, SENTRY_TRACE = "traceparent", "tracestate", "sentry-tra
 
 BAGGAGE = "baggage"
 
-_W3C = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+_W3C = re.compile(
+    r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+)
 _SENTRY = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})(?:-([01]))?")
 
 

@@ -28,6 +28,7 @@ from celery_resilience.redaction import (
     safe_text,
     show_arguments,
 )
+from celery_resilience.trace_ids import traceparent_of
 
 
 def settlement_of(
@@ -36,6 +37,8 @@ def settlement_of(
     reason: str | None,
     failure: Failure | None = None,
     facts: Mapping[str, Any] | None = None,
+    *,
+    is_silent: bool = False,
 ) -> Settlement:
     """
     How a delivery ended, with its arguments where it failed.
@@ -44,6 +47,7 @@ def settlement_of(
         request: The delivery's `ResilientRequest`.
         outcome, reason, failure: What was decided.
         facts: What the child sent.
+        is_silent: See `Settlement`.
     """
     shown = ShownArguments("", "")
     embedded: Mapping[str, Any] = {}
@@ -76,6 +80,8 @@ def settlement_of(
         chain_length=len(chain) if isinstance(chain, list | tuple) else 0,
         marks=request.marks,
         facts=facts or {},
+        is_silent=is_silent,
+        traceparent=traceparent_of(request.message.headers),
     )
 
 
