@@ -216,6 +216,7 @@ class WorkerSetup:
             facts=self.deliveries.facts,
             commands=failed_commands(installation),
             is_running_in=self.deliveries.is_running_in,
+            is_ending=_is_ending,
             uid=f"celery_resilience-{id(self.app)}",
         )
         installation.child = ChildRooms(
@@ -539,6 +540,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
                 facts=facts,
                 commands=failed_commands(installation),
                 is_running_in=lambda pid: False,
+                is_ending=_is_ending,
                 uid=f"celery_resilience-{id(installation.app)}",
             ).around,
             installation.streams,

@@ -21,6 +21,7 @@ from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import mask, safe_text, show_arguments
 from celery_resilience.telemetry import opentelemetry_instrumentor as instrumentor
 from celery_resilience.telemetry.flushing import flush_within
+from celery_resilience.telemetry.signals import hear_in_place_of_instrumentor
 
 logger = logging.getLogger("celery_resilience.telemetry")
 
@@ -50,13 +51,21 @@ class Spans:
 
     Args:
         api: The module `opentelemetry.trace`.
+        is_ending: Whether an exception ends the process, and is not the task's own.
         clock: Wall time, in seconds.
     """
 
     words = "OpenTelemetry's spans"
 
-    def __init__(self, api: Any, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        api: Any,
+        *,
+        is_ending: Callable[[BaseException], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._api = api
+        self._is_ending = is_ending
         self._clock = clock
         self._has_flushed = False
         self._stops: list[Callable[[], None]] = []
@@ -90,13 +99,17 @@ class Spans:
                 span.add_link(self._context_of(traceparent))
 
     def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
-        """What failed is told with its facts."""
+        """The body ended: a span says whether it was cut off with its process."""
+        if exc is not None and self._is_ending(exc):
+            # The main process makes the span that says why.
+            self._api.get_current_span().set_attribute(PREFIX + "cut_off", True)
 
     def run_failed(
         self, task: Any, request: Any, exc: BaseException, facts: dict[str, Any]
     ) -> None:
         """A run fails: its span says why, as an error unless the task `throws` it."""
-        instrumentor.leave_failures_to(self.failure_heard)
+        # It may have been turned on since the last time.
+        hear_in_place_of_instrumentor(self)
         span = self._api.get_current_span()
         context = span.get_span_context()
         if not context.is_valid:

@@ -159,11 +159,12 @@ class SentryEvents:
                 str(settlement.reason),
             ),
         )
-        span_id = more.get("span_id") or uuid4().hex[:16]
-        trace_id = more.get("trace_id")
-        event = death_event(settlement, told, span_id)
-        if trace_id is not None:
-            event["contexts"]["trace"] = {"trace_id": trace_id, "span_id": span_id}
+        trace_id = more.get("trace_id") or settlement.trace_id
+        trace = {
+            "trace_id": trace_id or uuid4().hex,
+            "span_id": more.get("span_id") or uuid4().hex[:16],
+        }
+        event = death_event(settlement, told, trace)
         with self.sdk.isolation_scope() as scope:
             # Those of the main process are of whatever it did last.
             scope.clear_breadcrumbs()

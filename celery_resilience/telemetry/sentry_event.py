@@ -9,7 +9,6 @@ from typing import Any
 
 from celery_resilience.outcome import Settlement
 from celery_resilience.redaction import MASK, is_hidden, mask
-from celery_resilience.trace_ids import trace_id_of
 
 #: The name of our context, and how the names of our tags begin.
 CONTEXT, PREFIX = "celery_resilience", "resilience."
@@ -88,13 +87,15 @@ def tell(event: dict[str, Any], told: Told) -> None:
         event["fingerprint"] = [told.fingerprint]
 
 
-def death_event(settlement: Settlement, told: Told, span_id: str) -> dict[str, Any]:
+def death_event(
+    settlement: Settlement, told: Told, trace: Mapping[str, str]
+) -> dict[str, Any]:
     """
     The event of a run whose process has told nobody.
 
     Args:
         settlement: Of outcome failed.
-        span_id: Of the run: 16 hex digits.
+        trace: Ids of the run's trace and span.
     """
     failure = settlement.failure
     assert failure is not None
@@ -112,6 +113,8 @@ def death_event(settlement: Settlement, told: Told, span_id: str) -> dict[str, A
         "transaction": settlement.task,
         "exception": {"values": [exception]},
         "tags": {"celery_task_id": settlement.task_id},
+        # Not that of whatever the main process does just now.
+        "contexts": {"trace": dict(trace)},
         "extra": {
             "celery-job": {"task_name": settlement.task},
             "worker": settlement.worker,
@@ -121,12 +124,6 @@ def death_event(settlement: Settlement, told: Told, span_id: str) -> dict[str, A
             "kwargs": settlement.kwargs,
         },
     }
-    if settlement.trace_id is not None:
-        trace = {"trace_id": settlement.trace_id, "span_id": span_id}
-        if trace_id_of({"traceparent": settlement.traceparent}) == settlement.trace_id:
-            assert settlement.traceparent is not None
-            trace["parent_span_id"] = settlement.traceparent[36:52]
-        event["contexts"] = {"trace": trace}
     tell(event, told)
     return event
 
@@ -144,7 +141,7 @@ def is_told_already(event: Mapping[str, Any], is_ours: Callable[[int], bool]) ->
     if event.get("logger") not in CHILD_LOGGERS:
         return False
     entry = event.get("logentry") or {}
-    params = entry.get("params") or ()
+    params: Any = entry.get("params") or ()
     return (
         entry.get("message") == CHILD_EXITED
         and len(params) == 3

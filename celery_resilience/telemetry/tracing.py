@@ -37,6 +37,7 @@ def attach_tracing(
     facts: sentry.TellsMore,
     commands: Commands,
     is_running_in: Callable[[int], bool],
+    is_ending: Callable[[BaseException], bool],
     uid: str,
 ) -> Tracing:
     """
@@ -47,13 +48,14 @@ def attach_tracing(
         commands: By a task's name and id, the marks of its message, the exception's
             type and the reason.
         is_running_in: Whether a child, by its pid, runs a resilient task.
+        is_ending: Whether an exception ends the process, and is not the task's own.
         uid: Names the receivers of Celery's signals, so that none is connected twice.
     """
     around: list[Any] = []
     api = opentelemetry.api_in_use()
     if api is not None:
         # First: an event of Sentry's has the trace of the span.
-        spans = Spans(api)
+        spans = Spans(api, is_ending=is_ending)
         spans.attach()
         hear_in_place_of_instrumentor(spans)
         hear_children(
