@@ -24,7 +24,9 @@ def set_up(conf: dict[str, Any]) -> None:
 
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=conf["fleet_spans"])
-        provider.add_span_processor(BatchSpanProcessor(exporter))
+        provider.add_span_processor(
+            BatchSpanProcessor(exporter, schedule_delay_millis=200)
+        )
         trace.set_tracer_provider(provider)
         CeleryInstrumentor().instrument()
     if "fleet_sentry" in conf:
