@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import billiard
@@ -33,7 +33,6 @@ from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
-from celery.worker.consumer import consumer as consumers
 from kombu.utils.encoding import safe_repr
 
 from celery_resilience._kombu import kombu_is_as_read
@@ -203,15 +202,24 @@ running_task: Callable[[], Any] = _state.get_current_task
 #: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
 LOG_RETRY, LOG_IGNORED = trace.LOG_RETRY, trace.LOG_IGNORED
 
-#: Lines that quote a message, and how many of their arguments do not, at the beginning
-#: (``worker/consumer/consumer.py:748``, ``concurrency/base.py:149``, Celery 5.7).
-QUOTING_LINES: Mapping[str, int] = {
-    consumers.UNKNOWN_FORMAT: 0,
-    consumers.UNKNOWN_TASK_ERROR: 1,
-    consumers.INVALID_TASK_ERROR: 1,
-    consumers.MESSAGE_DECODE_ERROR: 3,
-    "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
-}
+
+@cache
+def quoting_lines() -> Mapping[str, int]:
+    """
+    Lines that quote a message, and how many of their first arguments do not.
+
+    As `_consumer_class`, in a worker only (``worker/consumer/consumer.py:748``,
+    ``concurrency/base.py:149``, Celery 5.7).
+    """
+    from celery.worker.consumer import consumer
+
+    return {
+        consumer.UNKNOWN_FORMAT: 0,
+        consumer.UNKNOWN_TASK_ERROR: 1,
+        consumer.INVALID_TASK_ERROR: 1,
+        consumer.MESSAGE_DECODE_ERROR: 3,
+        "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
+    }
 
 
 def is_own_formatter(formatter: Any) -> bool:
@@ -522,6 +530,18 @@ def _request_class_is_subclassed() -> bool:
     )
 
 
+def _consumer_class() -> Any:
+    """
+    Celery's; imported in a worker only.
+
+    Its module takes `build_tracer` as it is then, and who replaces that (sentry-sdk, in
+    `init`) may do so after celery-resilience was imported.
+    """
+    from celery.worker.consumer.consumer import Consumer
+
+    return Consumer
+
+
 class _ProbeApp:
     use_fast_trace_task = False
 
@@ -543,16 +563,16 @@ CAPTURE_DOORS: Mapping[str, Callable[[], bool]] = {
     "create_request_cls() subclasses the task's Request": _request_class_is_subclassed,
     "Task.Request": lambda: isinstance(Task.Request, str),
     "Consumer.create_task_handler()": lambda: callable(
-        consumers.Consumer.create_task_handler
+        _consumer_class().create_task_handler
     ),
     "Consumer.on_unknown_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_unknown_task, "body", "message", "exc"
+        _consumer_class().on_unknown_task, "body", "message", "exc"
     ),
     "Consumer.on_invalid_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_invalid_task, "body", "message", "exc"
+        _consumer_class().on_invalid_task, "body", "message", "exc"
     ),
     "Consumer.on_decode_error(message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_decode_error, "message", "exc"
+        _consumer_class().on_decode_error, "message", "exc"
     ),
 }
 
@@ -571,7 +591,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         requests.Request._announce_cancelled
     ),
     "Consumer.on_connection_error_after_connected(exc)": lambda: has_parameters(
-        consumers.Consumer.on_connection_error_after_connected, "exc"
+        _consumer_class().on_connection_error_after_connected, "exc"
     ),
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
@@ -591,7 +611,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
-        consumers.Consumer.cancel_active_requests
+        _consumer_class().cancel_active_requests
     ),
     "billiard Worker.wait_for_job and on_ready_counter": child_is_as_read,
     "AsynPool.maintain_pool() and Process._sentinel_poll": exits_are_as_read,

@@ -252,6 +252,13 @@ class Installation:
 
         return guarded
 
+    def publish_failed(self, task: ResilientTask) -> None:
+        """A call of *task* could not be sent: end what tracing has begun for it."""
+        if "opentelemetry.trace" in sys.modules:
+            from celery_resilience.telemetry.opentelemetry import publish_failed
+
+            publish_failed(task)
+
     @cached_property
     def streams(self) -> Streams:
         """Streams of the tasks that run in this process."""

@@ -15,6 +15,8 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from celery_resilience.trace_ids import is_traceparent, traceparent_of, without_trace
+
 #: The one header of ours. Celery copies unknown headers to retries, so
 #: everything that we write on a message is below it.
 HEADER = "resilience"
@@ -120,6 +122,14 @@ class OriginalMessage:
             redelivered=False,
         )
 
+    def in_new_trace(self) -> OriginalMessage:
+        """The message, to start a trace of its own, which is linked to the one it had."""
+        traceparent = traceparent_of(self.headers)
+        if traceparent is None:
+            return self
+        message = self.marked(trace=traceparent)
+        return replace(message, headers=without_trace(message.headers))
+
     def due_at(self, at: datetime | None) -> OriginalMessage:
         """The message, to be run not before *at*."""
         eta = None if at is None else at.astimezone(UTC).isoformat()
@@ -224,6 +234,7 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "sent": lambda mark: isinstance(mark, str) and mark != "",
     "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "snoozes": _is_count,
+    "trace": is_traceparent,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
 }
@@ -251,20 +262,6 @@ def undelayed(exchange: str, routing_key: str) -> tuple[str, str]:
     if is_delay(exchange):
         return "", _DELAYED_PREFIX.sub("", routing_key)
     return exchange, routing_key
-
-
-def trace_id_of(headers: Mapping[str, Any]) -> str | None:
-    """
-    The trace id that the sender wrote, if any: W3C's `traceparent`, or Sentry's header.
-
-    Source: W3C Trace Context, section 3.2; Sentry's `sentry-trace`, which is trace id,
-    span id and decision.
-    """
-    parts = str(headers.get("traceparent") or "").split("-")
-    if len(parts) >= 4 and len(parts[1]) == 32:
-        return parts[1]
-    parts = str(headers.get("sentry-trace") or "").split("-")
-    return parts[0] if len(parts) >= 2 and len(parts[0]) == 32 else None
 
 
 def text_of(value: Any) -> str:

@@ -32,6 +32,7 @@ from celery_resilience.errors import (
     Snooze,
     TaskExited,
 )
+from celery_resilience.events import emit
 from celery_resilience.failure import describe
 from celery_resilience.message import (
     HEADER,
@@ -515,6 +516,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
+            emit("run.failed", task=self, request=request, exc=exc, facts=facts)
             self._tell(rooms, request, facts)
 
     @staticmethod
@@ -580,7 +582,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             # By their names, as a base class of the app's own may take them.
             options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
-        publish: Any = super().apply_async
+        publish: Any = self._publish
         has_limit = self.max_message_kib is not None
         if installation is None or not installation.settings.enabled:
             return publish(args, kwargs, **options)
@@ -603,11 +605,20 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
+    def _publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Celery's `apply_async`, which tells nobody that it could not publish."""
+        try:
+            return super().apply_async(args, kwargs, **options)
+        except Exception:
+            if self._installation is not None:
+                self._installation.publish_failed(self)
+            raise
+
     def _publish_guarded(self, args: Any, kwargs: Any, **options: Any) -> Any:
         """Celery's `apply_async`, of a message that is measured."""
         assert self._installation is not None
         return self._installation.send_guarded(
-            self, super().apply_async, args, kwargs, options
+            self, self._publish, args, kwargs, options
         )
 
     @property

@@ -31,6 +31,8 @@ from celery_resilience.delivery.request import build_request_class
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
+from celery_resilience.failed.envelope import task_record_id
+from celery_resilience.failed.routes import failed_queue_for
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.guard import KeyGuard
@@ -55,6 +57,7 @@ from celery_resilience.memory.reading import find_eyes
 from celery_resilience.memory.slots import Slots
 from celery_resilience.memory.task import MemoryAround, RunLimits
 from celery_resilience.memory.watch import MemoryWatch
+from celery_resilience.message import replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
@@ -67,6 +70,7 @@ from celery_resilience.telemetry.bootstep import (
 from celery_resilience.telemetry.log import FailureLog
 from celery_resilience.telemetry.log_setup import LogSetup
 from celery_resilience.telemetry.log_worker import WorkerLog
+from celery_resilience.telemetry.tracing import Commands, attach_tracing
 from celery_resilience.worker_start import WorkerStart
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
@@ -248,6 +252,13 @@ class WorkerSetup:
         replace_step(self.app, "consumer", connection_step(life))
         installation.lifecycle = life
         memory = self.watch_memory()
+        tracing = attach_tracing(
+            facts=self.deliveries.facts,
+            commands=failed_commands(installation),
+            is_running_in=self.deliveries.is_running_in,
+            is_ending=_is_ending,
+            uid=f"celery_resilience-{id(self.app)}",
+        )
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
@@ -255,6 +266,7 @@ class WorkerSetup:
             facts=self.deliveries.facts,
             is_ending=_is_ending,
             around=(
+                *tracing.around,
                 installation.streams,
                 *rooms_around(installation, worker.pool_cls),
                 memory.around,
@@ -300,6 +312,8 @@ class WorkerSetup:
             if getattr(sender, "app", None) is self.app:
                 log_setup.apply()
                 log.started(warnings.sentences())
+                if tracing.words:
+                    logger.info("failures are told to %s too", tracing.words)
                 warnings.look_at_key_store()
                 metrics.ready()
                 if has_circuits(installation):
@@ -615,12 +629,44 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         facts=facts,
         is_ending=_is_ending,
         around=(
+            *attach_tracing(
+                facts=facts,
+                commands=failed_commands(installation),
+                is_running_in=lambda pid: False,
+                is_ending=_is_ending,
+                uid=f"celery_resilience-{id(installation.app)}",
+            ).around,
             installation.streams,
             *rooms_around(installation, "prefork"),
             memory,
         ),
         give_way=memory.lift,
     )
+
+
+def failed_commands(installation: Installation) -> Commands:
+    """How an operator shows and replays the failed task of a run."""
+    settings, tasks = installation.settings, installation.app.tasks
+
+    def commands(
+        task: str, task_id: str, marks: Mapping[str, Any], exception: str, reason: str
+    ) -> Mapping[str, str]:
+        queue = failed_queue_for(
+            task=task,
+            exception=exception,
+            reason=reason,
+            routes=settings.failed_routes,
+            default=settings.failed_queue,
+            own=getattr(tasks.get(task), "failed_queue", None),
+        )
+        record = replay_of(marks).get("record")
+        if queue is None and record is None:
+            return {}
+        record = record or task_record_id(settings.namespace, task_id)
+        call = f"celery -A {installation.app.main or 'APP'} failed"
+        return {"show": f"{call} show {record}", "replay": f"{call} replay {record}"}
+
+    return commands
 
 
 def replace_step(app: Any, blueprint: str, step: Any) -> None:

@@ -87,10 +87,12 @@ class WorkerStart:
             filter(
                 None,
                 [
-                    f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
-                    f"{self._worker.concurrency}, queues {', '.join(self._queues)}): "
-                    f"failed tasks of {settings.namespace!r} go to queue "
-                    f"{', '.join(self._failed_queues)}, {kept}",
+                    (
+                        f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
+                        f"{self._worker.concurrency}, queues {', '.join(self._queues)}): "
+                        f"failed tasks of {settings.namespace!r} go to queue "
+                        f"{', '.join(self._failed_queues)}, {kept}"
+                    ),
                     f"spool {spool}",
                     f"at most {installation.max_crashes} crashes",
                     "collects here" if self._collects else "does not collect here",

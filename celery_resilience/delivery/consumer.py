@@ -38,6 +38,7 @@ from celery_resilience.outcome import (
     Settlement,
 )
 from celery_resilience.redaction import safe_text
+from celery_resilience.trace_ids import traceparent_of
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -254,6 +255,7 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
             worker=deliveries.worker,
             failure=Failure(kind, text, fingerprint_of(reason, kind, task, defect)),
             marks=marks_of(original.headers),
+            traceparent=traceparent_of(original.headers),
         )
         deliveries.received += 1
         deliveries.counts[Outcome.FAILED] += 1

@@ -19,15 +19,14 @@ from uuid import UUID, uuid4
 from celery_resilience.failure import Failure, fingerprint_of
 from celery_resilience.message import (
     HEADER,
-    KEY,
     OriginalMessage,
     id_text,
     is_of_delivery,
     replay_of,
-    trace_id_of,
 )
 from celery_resilience.outcome import Outcome, Reason, Settlement
 from celery_resilience.redaction import safe_text
+from celery_resilience.trace_ids import trace_id_of
 
 SCHEMA = 1
 CONTENT_TYPE = "application/json"
@@ -102,13 +101,9 @@ def envelope(
         "content_type": original.content_type,
         "body_kib": round(len(original.body) / 1024, 1),
         "release": release,
-        "trace_id": trace_id_of(original.headers),
+        "trace_id": settlement.trace_id or trace_id_of(original.headers),
         "sentry_event_id": settlement.facts.get("sentry_event_id"),
-        "idempotency_key": (
-            settlement.marks[KEY][0]
-            if KEY in settlement.marks
-            else settlement.facts.get("idempotency_key")
-        ),
+        "idempotency_key": settlement.idempotency_key,
         "original": pack(original),
     }
 
