@@ -486,6 +486,10 @@ class Installation:
         """The store of circuits, or None when the app has none."""
         return self._store("circuits")
 
+    def shelf_store(self) -> Any:
+        """The store of snoozed messages that wait, or None when the app has none."""
+        return self._store("shelf")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -501,6 +505,7 @@ class Installation:
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
+            from celery_resilience.shelf.redis_store import RedisShelfStore
             from celery_resilience.stores.redis import RedisServer
 
             tls = self.store_choice.tls
@@ -513,6 +518,7 @@ class Installation:
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
                 "checkpoints": RedisCheckpointStore(server),
+                "shelf": RedisShelfStore(quick),
                 "backend": server,
             }
         from celery_resilience.batches.sql_store import SqlCheckpointStore
@@ -520,6 +526,7 @@ class Installation:
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
+        from celery_resilience.shelf.sql_store import SqlShelfStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
@@ -529,6 +536,7 @@ class Installation:
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
             "checkpoints": SqlCheckpointStore(database, settings.namespace),
+            "shelf": SqlShelfStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -548,6 +556,7 @@ class Installation:
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
+        from celery_resilience.shelf import sql_store as shelf
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -557,6 +566,7 @@ class Installation:
                 circuits.ROOM: (circuits.VERSION, circuits.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
+                shelf.ROOM: (shelf.VERSION, shelf.TABLES),
             }
         )
 
