@@ -559,6 +559,10 @@ class Installation:
         """The store of retry budgets, or None when the app has none."""
         return self._store("budgets")
 
+    def shelf_store(self) -> Any:
+        """The store of snoozed messages that wait, or None when the app has none."""
+        return self._store("shelf")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -575,6 +579,7 @@ class Installation:
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
             from celery_resilience.retries.redis_store import RedisBudgetStore
+            from celery_resilience.shelf.redis_store import RedisShelfStore
             from celery_resilience.stores.redis import RedisServer
 
             tls = self.store_choice.tls
@@ -588,6 +593,7 @@ class Installation:
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
                 "checkpoints": RedisCheckpointStore(server),
+                "shelf": RedisShelfStore(quick),
                 "backend": server,
             }
         from celery_resilience.batches.sql_store import SqlCheckpointStore
@@ -596,6 +602,7 @@ class Installation:
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
         from celery_resilience.retries.sql_store import SqlBudgetStore
+        from celery_resilience.shelf.sql_store import SqlShelfStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
@@ -606,6 +613,7 @@ class Installation:
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
             "checkpoints": SqlCheckpointStore(database, settings.namespace),
+            "shelf": SqlShelfStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -626,6 +634,7 @@ class Installation:
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
         from celery_resilience.retries import sql_store as retries
+        from celery_resilience.shelf import sql_store as shelf
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -636,6 +645,7 @@ class Installation:
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
                 retries.ROOM: (retries.VERSION, retries.TABLES),
+                shelf.ROOM: (shelf.VERSION, shelf.TABLES),
             }
         )
 

@@ -28,6 +28,7 @@ from celery_resilience.delivery.facts import FactsChannel, NoFacts
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.request import build_request_class
+from celery_resilience.delivery.send_again import send_again
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
@@ -61,6 +62,10 @@ from celery_resilience.message import replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
+from celery_resilience.shelf.bootstep import shelf_step
+from celery_resilience.shelf.consumer import Shelving
+from celery_resilience.shelf.policy import most_held
+from celery_resilience.shelf.shelf import Shelf
 from celery_resilience.task import ResilientTask
 from celery_resilience.telemetry.bootstep import (
     Questions,
@@ -216,8 +221,12 @@ class WorkerSetup:
                 f"--collect-failed needs a store, and there is none: {choice.why}"
             )
         self.installation.check_store()
-        self.installation.circuit_options()
         self.installation.budget_options()
+        circuits = self.installation.circuit_options()
+        if circuits:
+            from celery_resilience.circuits.probing import check_probes
+
+            check_probes(circuits)
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
@@ -241,6 +250,7 @@ class WorkerSetup:
             is_failed_queue=lambda name: (
                 name in self.failed_queues or name in self.collect_queues
             ),
+            shelve=self.make_shelving(visibility),
         )
         step = delivery_step(self.deliveries, visibility)
         replace_step(self.app, "consumer", step)
@@ -348,6 +358,23 @@ class WorkerSetup:
             on_shutting_down, weak=False, dispatch_uid=uid
         )
         signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
+
+    def make_shelving(self, visibility: RedisVisibility) -> Any:
+        """What takes the snoozed messages that are too many; None without a store."""
+        installation, deliveries = self.installation, self.deliveries
+        if installation.store_choice.url is None:
+            return None
+        shelving = Shelving(
+            Shelf(installation.shelf_store, Publisher(self.app)),
+            deliveries,
+            copy_of=lambda message: send_again(
+                deliveries.original(message), delay_s=0.0, marks={}
+            ),
+            is_lost=lambda: visibility.is_lost,
+            most_held=most_held(getattr(self.app.conf, "worker_eta_task_limit", None)),
+        )
+        replace_step(self.app, "consumer", shelf_step(shelving))
+        return shelving.takes
 
     def watch_memory(self) -> MemorySetup:
         """What looks at the memory of this worker's processes."""

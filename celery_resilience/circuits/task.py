@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from celery.exceptions import Retry
 
-from celery_resilience.circuits.fleet import Circuits, check_name
+from celery_resilience.circuits.circuit import check_name
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.errors import (
     CircuitIsOpen,
     CircuitSnooze,

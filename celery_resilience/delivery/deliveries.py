@@ -130,6 +130,11 @@ class Deliveries:
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
 
+    @property
+    def open_count(self) -> int:
+        """How many deliveries are not settled: they run, or wait in memory."""
+        return len(self._open)
+
     def opened(self, request: Any) -> None:
         """A delivery has arrived."""
         self.received += 1
