@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["CircuitOpen", "ConfigurationError", "FailedTasks", "Never", "On"]
 __all__ += ["Resilience", "ResilienceError", "ResilientTask", "Skip", "Snooze"]
-__all__ += ["TaskContext", "TaskOptions", "__version__", "add_task_context", "once"]
-__all__ += ["purge_once"]
+__all__ += ["TaskContext", "TaskOptions", "TooManyErrors", "__version__"]
+__all__ += ["add_task_context", "batch", "once", "purge_once"]
 
 if TYPE_CHECKING:
+    from celery_resilience.batches.plain import batch
     from celery_resilience.circuits.breaker import CircuitOpen
     from celery_resilience.errors import (
         ConfigurationError,
         ResilienceError,
         Skip,
         Snooze,
+        TooManyErrors,
     )
     from celery_resilience.failed.api import FailedTasks
     from celery_resilience.idempotency.once import once, purge_once
@@ -35,7 +37,7 @@ else:
     _MODULES |= dict.fromkeys(("Never", "On"), "retries.rules")
     _MODULES |= {"FailedTasks": "failed.api", "CircuitOpen": "circuits.breaker"}
     _MODULES |= {"Resilience": "install", "TaskOptions": "task_options"}
-    _MODULES |= {"ResilientTask": "task"}
+    _MODULES |= {"ResilientTask": "task", "batch": "batches.plain"}
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import billiard
@@ -42,7 +44,9 @@ from celery_resilience._pools import (
     has_parameters,
     is_event_loop_prefork,
 )
-from celery_resilience.errors import HeldFromAutoretry
+from celery_resilience.errors import ConfigurationError, HeldFromAutoretry
+from celery_resilience.message import OriginalMessage
+from celery_resilience.serialization import serialized
 
 # --- what a run ended with -----------------------------------------------------
 
@@ -322,6 +326,64 @@ def sent_arguments(
         return args, kwargs
     dumped: tuple[Any, Any] = dump(args, kwargs)
     return dumped
+
+
+class _Recorder:
+    """In the place of a producer: notes the first message that is published by it."""
+
+    def __init__(self) -> None:
+        self.published: tuple[Any, dict[str, Any]] | None = None
+        self.connection = SimpleNamespace(_reraise_as_library_errors=nullcontext)
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Note it; what follows is the event that it was sent."""
+        if self.published is None:
+            self.published = (body, options)
+
+
+def message_of(signature: Any, task_id: str) -> OriginalMessage:
+    """
+    The message that a signature would be sent as; it is not sent.
+
+    What `amqp.send_task_message` hands to its producer (``app/amqp.py:610``,
+    Celery 5.7).
+
+    Raises:
+        ConfigurationError: `apply_async` did not come to send one.
+    """
+    recorder = _Recorder()
+    if not signature.app.conf.task_always_eager:
+        signature.apply_async(task_id=task_id, producer=recorder)
+    if recorder.published is None:
+        raise ConfigurationError(
+            f"the task {signature.task} was not sent as a message: is it eager, or its "
+            "apply_async another?"
+        )
+    body, options = recorder.published
+    content_type, encoding, data = serialized(body, options.pop("serializer"))
+    declared = options.pop("declare", None) or ()
+    queue = next((q.name for q in declared), options["routing_key"])
+    headers = options.pop("headers")
+    exchange = options.pop("exchange") or ""
+    routing_key = options.pop("routing_key")
+    return OriginalMessage(
+        body=data,
+        headers=headers,
+        properties={
+            name: value
+            for name, value in options.items()
+            if value is not None and name in _MESSAGE_PROPERTIES
+        },
+        content_type=content_type,
+        content_encoding=encoding,
+        exchange=getattr(exchange, "name", exchange),
+        routing_key=routing_key or "",
+        queue=queue,
+    )
+
+
+#: Of the options of a publish, those that arrive with the message.
+_MESSAGE_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
 
 def stores_result(task: Any, request: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
+    from celery_resilience.failed.items import ItemKeeper
     from celery_resilience.failed.task import ReplayFence
     from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
@@ -264,7 +266,44 @@ class Installation:
         """Streams of the tasks that run in this process."""
         from celery_resilience.batches.task import Streams
 
-        return Streams(self.checkpoint_store, is_stopping=is_draining)
+        return Streams(
+            self.checkpoint_store,
+            is_stopping=is_draining,
+            task_of=self.app.tasks.__getitem__,
+            keep=self.keep_item,
+        )
+
+    def keep_item(
+        self, signature: Any, exc: BaseException, *, task_id: str, request: Any
+    ) -> Callable[[], object]:
+        """Make a failed task of an item of a batch; what this returns stores it."""
+        return self.item_keeper.keep(
+            signature,
+            _celery.message_of(signature, task_id),
+            exc,
+            task_id=task_id,
+            request=request,
+        )
+
+    @cached_property
+    def item_keeper(self) -> ItemKeeper:
+        """Keeps failed items; it has a connection of this process's own."""
+        from celery_resilience.failed.capture import Capture
+        from celery_resilience.failed.items import ItemKeeper
+        from celery_resilience.publisher import Publisher
+
+        settings = self.settings
+        capture = Capture(
+            namespace=settings.namespace,
+            default_queue=settings.failed_queue,
+            routes=settings.failed_routes,
+            own_queue=lambda name: getattr(
+                self.app.tasks.get(name), "failed_queue", None
+            ),
+            clock=time.time,
+            release=settings.release,
+        )
+        return ItemKeeper(capture, Publisher(self.app).publish)
 
     def new_counts(self) -> RunCounts:
         """For what one run counts itself."""

@@ -50,6 +50,7 @@ from celery_resilience.run_view import (
     HANDED_OVER,
     KEY_NAME,
     KEYED_RUN,
+    RUN_FACTS,
     RunView,
 )
 from celery_resilience.settings import is_enabled
@@ -302,7 +303,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
-            if COUNTS in vars(request):
+            if COUNTS in vars(request) or RUN_FACTS in vars(request):
                 with soft_limit_deferred():
                     self._tell(rooms, request, {})
             if after_body is not None:
@@ -521,7 +522,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
 
     @staticmethod
     def _tell(rooms: ChildRooms, request: Context, facts: dict[str, Any]) -> None:
-        """Send the facts of a run, once, with what it has counted itself."""
+        """Send the facts of a run, once, with what its rooms tell and it has counted."""
+        facts.update(vars(request).pop(RUN_FACTS, {}))
         counts = vars(request).pop(COUNTS, None)
         if counts is not None:
             facts[COUNTED_FACT] = counts.fact()
