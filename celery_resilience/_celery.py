@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ import billiard.common
 from billiard import pool as billiard_pools
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import _state, signals, states
+from celery.app import log as app_log
+from celery.app import trace
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
 from celery.canvas import Signature
@@ -34,7 +37,6 @@ from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
-from celery.worker.consumer import consumer as consumers
 from kombu.utils.encoding import safe_repr
 
 from celery_resilience._kombu import kombu_is_as_read
@@ -44,7 +46,7 @@ from celery_resilience._pools import (
     has_parameters,
     is_event_loop_prefork,
 )
-from celery_resilience.errors import ConfigurationError
+from celery_resilience.errors import ConfigurationError, HeldFromAutoretry
 from celery_resilience.message import OriginalMessage
 from celery_resilience.serialization import serialized
 
@@ -195,6 +197,42 @@ def cut_off_from_outside(request: Any) -> None:
     request._announce_cancelled(emit_retry=not request.task.acks_late)
 
 
+# --- its log ---------------------------------------------------------------------------
+
+
+#: The task that runs in this thread, the innermost one; None where none does
+#: (``_state.py:136``, Celery 5.7).
+running_task: Callable[[], Any] = _state.get_current_task
+
+#: How a line begins that tells of a retry, and one of a task that was ignored; each has
+#: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
+LOG_RETRY, LOG_IGNORED = trace.LOG_RETRY, trace.LOG_IGNORED
+
+
+@cache
+def quoting_lines() -> Mapping[str, int]:
+    """
+    Lines that quote a message, and how many of their first arguments do not.
+
+    As `_consumer_class`, in a worker only (``worker/consumer/consumer.py:748``,
+    ``concurrency/base.py:149``, Celery 5.7).
+    """
+    from celery.worker.consumer import consumer
+
+    return {
+        consumer.UNKNOWN_FORMAT: 0,
+        consumer.UNKNOWN_TASK_ERROR: 1,
+        consumer.INVALID_TASK_ERROR: 1,
+        consumer.MESSAGE_DECODE_ERROR: 3,
+        "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
+    }
+
+
+def is_own_formatter(formatter: Any) -> bool:
+    """Whether a handler writes as Celery does where nobody has said how."""
+    return type(formatter) in (celery_log.ColorFormatter, app_log.TaskFormatter)
+
+
 # --- around a task body ------------------------------------------------------------
 
 
@@ -248,6 +286,32 @@ def enter_body(request: Any) -> None:
     (``app/trace.py:877``, Celery 5.7).
     """
     request._protected = 1
+
+
+def let_decide_before_autoretry(
+    task: Any, is_decided: Callable[[BaseException], bool]
+) -> None:
+    """
+    Carry past `autoretry_for` what *is_decided* says so of, once for each task.
+
+    What `autoretry_for` wraps is an attribute of the task, which it looks up at each
+    call (``app/autoretry.py:33``, Celery 5.7).
+    """
+    body = vars(task).get("_orig_run")
+    if body is None or hasattr(body, "decides_first"):
+        return
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except Exception as exc:
+            if is_in_body(task.request_stack.top) and is_decided(exc):
+                raise HeldFromAutoretry(exc) from None
+            raise
+
+    run.decides_first = True
+    task._orig_run = run
 
 
 def sent_arguments(
@@ -538,6 +602,18 @@ def _request_class_is_subclassed() -> bool:
     )
 
 
+def _consumer_class() -> Any:
+    """
+    Celery's; imported in a worker only.
+
+    Its module takes `build_tracer` as it is then, and who replaces that (sentry-sdk, in
+    `init`) may do so after celery-resilience was imported.
+    """
+    from celery.worker.consumer.consumer import Consumer
+
+    return Consumer
+
+
 class _ProbeApp:
     use_fast_trace_task = False
 
@@ -559,16 +635,16 @@ CAPTURE_DOORS: Mapping[str, Callable[[], bool]] = {
     "create_request_cls() subclasses the task's Request": _request_class_is_subclassed,
     "Task.Request": lambda: isinstance(Task.Request, str),
     "Consumer.create_task_handler()": lambda: callable(
-        consumers.Consumer.create_task_handler
+        _consumer_class().create_task_handler
     ),
     "Consumer.on_unknown_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_unknown_task, "body", "message", "exc"
+        _consumer_class().on_unknown_task, "body", "message", "exc"
     ),
     "Consumer.on_invalid_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_invalid_task, "body", "message", "exc"
+        _consumer_class().on_invalid_task, "body", "message", "exc"
     ),
     "Consumer.on_decode_error(message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_decode_error, "message", "exc"
+        _consumer_class().on_decode_error, "message", "exc"
     ),
 }
 
@@ -587,7 +663,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         requests.Request._announce_cancelled
     ),
     "Consumer.on_connection_error_after_connected(exc)": lambda: has_parameters(
-        consumers.Consumer.on_connection_error_after_connected, "exc"
+        _consumer_class().on_connection_error_after_connected, "exc"
     ),
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
@@ -607,7 +683,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
-        consumers.Consumer.cancel_active_requests
+        _consumer_class().cancel_active_requests
     ),
     "billiard Worker.wait_for_job and on_ready_counter": child_is_as_read,
     "AsynPool.maintain_pool() and Process._sentinel_poll": exits_are_as_read,

@@ -227,6 +227,44 @@ class CircuitSnooze(Snooze):
         return type(self), (self.countdown_s, self.name, self.marks["waits_since"])
 
 
+class RetryByRule(Retry):
+    """One of the task's retry rules has sent it again.
+
+    Attributes:
+        raised: What the body had raised; not beyond the process that ran it.
+    """
+
+    raised: BaseException | None = None
+
+
+class RetrySnooze(Snooze):
+    """A retry is not due yet: the main process sends its message again, with our marks.
+
+    Args:
+        countdown_s: Seconds until it is looked at again.
+        reason: Why, for the log and the counts.
+        marks: Ours on the message; None takes one away.
+    """
+
+    def __init__(self, countdown_s: float, reason: str, marks: Mapping[str, Any]):
+        super().__init__(countdown_s, reason)
+        self.marks = dict(marks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.countdown_s, self.reason, self.marks)
+
+
+class HeldFromAutoretry(PassesAutoretry):
+    """Carries what a body raised past `autoretry_for`: a retry rule is for it."""
+
+    def __init__(self, raised: BaseException) -> None:
+        super().__init__(type(raised).__name__)
+        self.raised = raised
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.raised,)
+
+
 class SendAgain(Ignore):
     """Tell the main process to send this delivery's message again, unchanged in state.
 
@@ -283,6 +321,13 @@ class NotSerializable(ResilienceError, TypeError):
 
 #: What steers Celery, and says nothing of how a call went.
 CONTROL_FLOW: tuple[type[Exception], ...] = (Ignore, Reject, Retry)
+
+#: What a rule for a base class, such as Exception, is not meant for.
+NAMED_ONLY: tuple[type[Exception], ...] = (
+    *CONTROL_FLOW,
+    ResilienceError,
+    SoftTimeLimitExceeded,
+)
 
 
 #: By which a task is asked to end.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from celery_resilience.batches.options import ErrorTypes
     from celery_resilience.circuits.breaker import FleetBreaker
     from celery_resilience.install import Installation
+    from celery_resilience.telemetry.business import RunCounts
 
 Result = TypeVar("Result")
 
@@ -20,6 +21,9 @@ Result = TypeVar("Result")
 KEY_NAME = "_resilience_key"
 KEYED_RUN = "_resilience_run"
 HANDED_OVER = "_resilience_handed_over"
+
+#: Where it keeps what its run has counted.
+COUNTS = "_resilience_counts"
 
 #: Where it keeps what its run tells the main process besides how it ended.
 RUN_FACTS = "_resilience_facts"
@@ -54,6 +58,41 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    def count(self, name: str, amount: float = 1, /, **labels: Any) -> None:
+        """
+        Count *amount* more of what this task does, as a metric of the worker.
+
+        The sum goes to the worker when the body has ended, also where it failed or is
+        retried; a run that is killed takes it along.
+
+        Args:
+            name: Lower case words, such as "orders"; Prometheus adds `_total`.
+            amount: At least 0; what is negative or not finite is not counted, and told
+                once.
+            labels: Few values each: text, int, bool or None. No ids.
+
+        Raises:
+            ConfigurationError: The name, a label or the type of the amount is none.
+        """
+        self._counts().count(name, amount, labels)
+
+    def observe(self, name: str, value: float, /, **labels: Any) -> None:
+        """
+        Put *value* into a histogram of the worker, otherwise as `count`.
+
+        Raises:
+            ConfigurationError: The name, a label or the type of the value is none.
+        """
+        self._counts().observe(name, value, labels)
+
+    def _counts(self) -> RunCounts:
+        found: RunCounts | None = self._said.get(COUNTS)
+        if found is None:
+            found = self._installation.new_counts()
+            if self._installation.has_metrics:
+                self._said[COUNTS] = found
+        return found
 
     def circuit(self, name: str) -> FleetBreaker:
         """
