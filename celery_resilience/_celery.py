@@ -359,7 +359,7 @@ def message_of(signature: Any, task_id: str) -> OriginalMessage:
             "what keeps a failed item must be the signature of one task, such as "
             f"enrich.s(7), got {signature!r}"
         )
-    recorder = _Recorder()
+    recorder: Any = _Recorder()
     if not signature.app.conf.task_always_eager:
         # No backend prepares for a result that nobody waits for.
         with denied_join_result():
