@@ -256,6 +256,9 @@ NOT_YET = frozenset({Outcome.RETRIED, Outcome.SNOOZED, Outcome.REQUEUED})
 #: Outcomes that each task has from the start on, so that the first one is seen.
 EXPECTED = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.RETRIED)
 
+#: Ends of children that are there from the start on, too.
+EXPECTED_EXITS = (("recycled", ""), ("signal", "SIGKILL"), ("exit", ""))
+
 #: Events of the rooms that are counted, from whichever process they come.
 COUNTED_EVENTS = (
     "circuits.closed",

@@ -17,6 +17,7 @@ from typing import Any
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
+import metric_tasks
 import stream_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
@@ -87,6 +88,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         session_tasks.register(app, base, note, conf)
     if not is_plain:
         circuit_tasks.register(app, base, note)
+        metric_tasks.register(app, base)
     return app
 
 
