@@ -67,6 +67,10 @@ class Instrument:
             return tuple(self.family + end for end in ("_bucket", "_count", "_sum"))
         return (self.family,)
 
+    def is_same(self, name: str, kind: Kind, labels: tuple[str, ...]) -> bool:
+        """Whether what is told by these is of this instrument."""
+        return (self.name, self.kind, self.labels) == (name, kind, labels)
+
 
 def _made(
     kind: Kind,

@@ -353,13 +353,7 @@ class Metrics:
             made = i.business(name, kind, names)
             series = self._business[family] = Series(made, MAX_BUSINESS_VALUES)
             self._untold.append(partial(self._tell_new, made))
-        if series is not None and (
-            series.instrument.kind,
-            series.instrument.labels,
-        ) == (
-            kind,
-            names,
-        ):
+        if series is not None and series.instrument.is_same(name, kind, names):
             return series
         self._series[i.DROPPED.name].add(("metrics",))
         self._tell_once(
