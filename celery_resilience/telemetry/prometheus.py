@@ -21,6 +21,9 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 #: Series whose name and labels are remembered as text.
 MAX_WRITTEN = 200_000
 
+#: Whole floats below this one are shown without a point.
+EXACT = 2.0**53
+
 _ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n"}
 
 
@@ -101,7 +104,7 @@ def accepts_openmetrics(accept: str) -> bool:
 
 def number_text(number: float) -> str:
     """A number as both formats have it."""
-    if isinstance(number, int) or number.is_integer():
+    if isinstance(number, int) or (number.is_integer() and abs(number) < EXACT):
         return str(int(number))
     if math.isfinite(number):
         return repr(number)

@@ -88,7 +88,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         session_tasks.register(app, base, note, conf)
     if not is_plain:
         circuit_tasks.register(app, base, note)
-        metric_tasks.register(app, base)
+        metric_tasks.register(app, base, conf)
     return app
 
 
