@@ -59,6 +59,22 @@ def queue_of(consumer: Any, message: Any) -> str:
     return routing_key
 
 
+def is_forgotten(message: Any) -> bool:
+    """
+    Whether the broker forgot *message* with its delivery, to a consumer with `no_ack`.
+
+    AMQP's channel knows these consumers. A virtual transport's holds what is still to
+    be acknowledged (kombu 5.7, ``transport/virtual/base.py:646``), and gives back
+    nothing else: on Redis it would say nothing of that.
+    """
+    channel = message.channel
+    if isinstance(channel, virtual.Channel):
+        held: Any = channel.qos._delivered
+        return message.delivery_tag not in held
+    tags = getattr(channel, "no_ack_consumers", None) or ()
+    return (message.delivery_info or {}).get("consumer_tag") in tags
+
+
 def is_missing(channel: Any, queue: str) -> bool:
     """
     Whether looking into *queue* would make it.

@@ -53,6 +53,8 @@ def _options() -> Iterator[Any]:
     import click
     from celery.bin.base import CeleryOption
 
+    from celery_resilience.click_types import SECONDS
+
     def memory(context: Any, param: Any, value: str | None) -> float | str | None:
         if value is None:
             return None
@@ -100,7 +102,7 @@ def _options() -> Iterator[Any]:
     )
     yield CeleryOption(
         ("--drain-timeout-s",),
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=None,
         help_group=HELP_GROUP,
         help="Seconds from the first signal until what still runs is cut off: put back, "
@@ -127,7 +129,7 @@ def _options() -> Iterator[Any]:
     )
     yield CeleryOption(
         ("--stop-after-s",),
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=None,
         help_group=HELP_GROUP,
         help="Drain and exit 0 after so many seconds, for a supervisor to start again. "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery_resilience.draining import is_draining
 
 if TYPE_CHECKING:
+    from celery_resilience.batches.batch import Batch
+    from celery_resilience.batches.options import ErrorTypes
     from celery_resilience.circuits.breaker import FleetBreaker
     from celery_resilience.install import Installation
     from celery_resilience.telemetry.business import RunCounts
@@ -22,6 +24,9 @@ HANDED_OVER = "_resilience_handed_over"
 
 #: Where it keeps what its run has counted.
 COUNTS = "_resilience_counts"
+
+#: Where it keeps what its run tells the main process besides how it ended.
+RUN_FACTS = "_resilience_facts"
 
 
 class RunView:
@@ -137,6 +142,66 @@ class RunView:
         """
         return self._installation.streams.rows(
             self._request, source, key=key, size=size, name=name, session=session
+        )
+
+    def batch(
+        self,
+        name: str,
+        *,
+        key: Callable[[Any], Any] | str | None = None,
+        chunk: int = 500,
+        skip: ErrorTypes = (),
+        stop: ErrorTypes = (),
+        max_errors: int | None = 100,
+        max_error_rate: float | None = None,
+        min_items: int = 50,
+        concurrency: int = 1,
+        session: Any = None,
+        savepoints: bool = True,
+        keep_failed: Callable[[Any], Any] | None = None,
+    ) -> Batch:
+        """
+        Many items, each worked at in a scope of its own: `with ... as batch:`.
+
+        A bad item is noted with its id and reason, and the others go on. Each chunk is
+        committed and its place saved, with the counts: a run that was killed, retried or
+        replayed, or that a deploy, a soft limit or an open circuit has cut off, is
+        followed by one that goes on there, without a retry spent.
+
+        Args:
+            name: At most 57 characters; one batch of a run has it.
+            key: What names an item: a callable that takes it, or the name of an
+                attribute or field. None: "id", or the item's number.
+            chunk: Items from one commit to the next, from 1. They are in memory.
+            skip: Types of exceptions that skip their item. With others it has failed.
+            stop: Types that end the batch: the task ends with the exception.
+            max_errors: Items that may be skipped or fail; None: any number.
+            max_error_rate: Their share, from 0 to 1; None: any.
+            min_items: The share is looked at from so many items on.
+            concurrency: Threads in which `batch.map` calls its function, up to 256.
+            session: SQLAlchemy's, which is committed after each chunk.
+            savepoints: Each item has one in the session; what a bad item did is undone.
+            keep_failed: Takes the key of a failed item, and returns the signature of a
+                task for it, such as `enrich_row.s`: the item is kept as a failed task,
+                whose replay runs that. In a worker only.
+
+        Raises:
+            ConfigurationError: An option is wrong, or the run had a batch of that name.
+        """
+        return self._installation.streams.batch(
+            self._request,
+            name=name,
+            key=key,
+            chunk=chunk,
+            skip=skip,
+            stop=stop,
+            max_errors=max_errors,
+            max_error_rate=max_error_rate,
+            min_items=min_items,
+            concurrency=concurrency,
+            session=session,
+            savepoints=savepoints,
+            keep_failed=keep_failed,
         )
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.finite import is_finite
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 from celery_resilience.redaction import without_password
 from celery_resilience.task_options import TaskOptions
@@ -57,19 +58,19 @@ def _count(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of seconds above 0")
 
 
 def _days(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of days above 0, or None")
 
 
 def _mib(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+    if is_finite(value) and value >= 1:
         return float(value)
     raise _Refused("a number of MiB from 1, or None")
 
@@ -333,6 +334,12 @@ class Settings:
         "{name: {failure_rate, window_s, min_calls, consecutive, slow_call_s, open_s, "
         "max_open_s, jitter, probes, probe_lease_s, release_per_s, ramp_from, "
         "queues, exclude}}, each optional.",
+    )
+    retry_budgets: tuple[tuple[str, dict[str, Any]], ...] = _setting(
+        (),
+        _circuits,
+        "{name: {share, per_s, most}}, each optional: what retry rules with that budget "
+        "may spend.",
     )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."

@@ -13,7 +13,7 @@ from celery import bootsteps
 
 from celery_resilience import _celery, _pools, threads
 from celery_resilience._kombu import messages_in
-from celery_resilience.draining import SharedFlags
+from celery_resilience.draining import SharedFlags, unshare
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
 from celery_resilience.lifecycle.health import Since
@@ -268,6 +268,7 @@ class Lifecycle:
         self.settled()
         for server in self._servers:
             server.close()
+        unshare(self.flags)
         self.drain.has_ended.set()
 
     # --- what is cut off ------------------------------------------------------------------
