@@ -156,12 +156,7 @@ class WorkerSetup:
         )
 
     def _make_metrics(self) -> WorkerMetrics:
-        """
-        What this worker counts, and shows.
-
-        Raises:
-            ConfigurationError: A library is missing.
-        """
+        """What this worker counts, and shows."""
         installation = self.installation
         has_store = installation.store_choice.url is not None
         return WorkerMetrics(

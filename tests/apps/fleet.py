@@ -19,6 +19,7 @@ import batch_tasks
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
+import metric_tasks
 import retry_tasks
 import stream_tasks
 from celery import Celery, Task, signals
@@ -91,6 +92,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
     if not is_plain:
         circuit_tasks.register(app, base, note)
         batch_tasks.register(app, base, note)
+        metric_tasks.register(app, base, conf)
         retry_tasks.register(app, base, note)
     return app
 
