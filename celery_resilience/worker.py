@@ -56,7 +56,7 @@ from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
-from celery_resilience.task import ResilientTask
+from celery_resilience.task import ResilientTask, parameters_of
 from celery_resilience.telemetry.log import FailureLog
 from celery_resilience.telemetry.log_setup import LogSetup
 from celery_resilience.telemetry.log_worker import WorkerLog
@@ -372,9 +372,16 @@ def attach_log(installation: Installation) -> LogSetup:
 def log_setup_of(installation: Installation) -> LogSetup:
     """What the processes of a worker do with every record of their log."""
     settings = installation.settings
+
+    def names_of(task: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if isinstance(task, ResilientTask):
+            return task.parameter_names, task.hidden_names
+        return parameters_of(task.run), settings.redact
+
     return LogSetup(
         settings.log_format,
         settings.redact,
+        names_of=names_of,
         is_ours=lambda task: (
             isinstance(task, ResilientTask) and not task.name.startswith("celery.")
         ),

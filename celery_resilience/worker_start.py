@@ -87,10 +87,8 @@ class WorkerStart:
             filter(
                 None,
                 [
-                    f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
-                    f"{self._worker.concurrency}, queues {', '.join(self._queues)}): "
-                    f"failed tasks of {settings.namespace!r} go to queue "
-                    f"{', '.join(self._failed_queues)}, {kept}",
+                    f"{self._who()}: failed tasks of {settings.namespace!r} go to "
+                    f"queue {', '.join(self._failed_queues)}, {kept}",
                     f"spool {spool}",
                     f"at most {installation.max_crashes} crashes",
                     "collects here" if self._collects else "does not collect here",
@@ -99,6 +97,12 @@ class WorkerStart:
                     self._stops.words(),
                 ],
             )
+        )
+
+    def _who(self) -> str:
+        return (
+            f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
+            f"{self._worker.concurrency}, queues {', '.join(self._queues)})"
         )
 
     def _memory(self) -> str:

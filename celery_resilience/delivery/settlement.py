@@ -93,7 +93,7 @@ def _wait_s(request: Any, started: float) -> float | None:
         return None
     eta, sent_at = request._eta, marks.get("sent_at")
     if eta is not None:
-        return max(0.0, started - eta.timestamp())
+        return max(0.0, started - float(eta.timestamp()))
     if isinstance(sent_at, int | float):
         return max(0.0, started - sent_at)
     return None

@@ -95,7 +95,9 @@ def cut_middle(text: str, limit: int = MAX_LOGGED_TRACEBACK_CHARS) -> str:
     if len(text) <= limit:
         return text
     half = limit // 2
-    return f"{text[:half]}\n... [{len(text) - limit} characters cut] ...\n{text[-half:]}"
+    return (
+        f"{text[:half]}\n... [{len(text) - limit} characters cut] ...\n{text[-half:]}"
+    )
 
 
 def _beginning(event: str, settlement: Settlement) -> dict[str, Any]:

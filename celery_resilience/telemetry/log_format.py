@@ -142,7 +142,9 @@ class LineFormatter(logging.Formatter):
             "logger": record.name,
             "process": record.processName,
         }
-        told = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        told = (
+            record.args[0] if isinstance(record.args, tuple) and record.args else None
+        )
         if isinstance(told, Told):
             facts.update(told.facts)
             facts.setdefault("message", told.sentence)
