@@ -240,7 +240,7 @@ class WorkerSetup:
                 "memory": memory_told(installation, memory),
             }
         )
-        log_setup = attach_log(installation)
+        log_setup = attach_log(installation, worker.pool_cls)
         LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
         log = WorkerLog(
@@ -360,11 +360,14 @@ class WorkerSetup:
                     task.Request = ours
 
 
-def attach_log(installation: Installation) -> LogSetup:
+def attach_log(installation: Installation, pool: Any) -> LogSetup:
     """Log what ends in a worker; what it returns is applied where handlers are made."""
-    settings = installation.settings
+    look, has_greenlets = find_eyes().rss_mib_of, _pools.is_greenlet_pool(pool)
     FailureLog(
-        settings.log_format, clock=time.monotonic, rss_mib_of=find_eyes().rss_mib_of
+        installation.settings.log_format,
+        clock=time.monotonic,
+        # A greenlet's number is no process's.
+        rss_mib_of=lambda pid: look(os.getpid() if has_greenlets else pid),
     ).attach()
     return log_setup_of(installation)
 
