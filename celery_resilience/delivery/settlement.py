@@ -20,14 +20,15 @@ from celery_resilience.failure import (
     fingerprint_of,
     type_name,
 )
-from celery_resilience.message import HEADER, id_text, trace_id_of
-from celery_resilience.outcome import Outcome, Settlement
+from celery_resilience.message import HEADER, SENT_AT, id_text
+from celery_resilience.outcome import Ended, Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
     mask,
     safe_text,
     show_arguments,
 )
+from celery_resilience.trace_ids import traceparent_of
 
 
 def settlement_of(
@@ -36,6 +37,8 @@ def settlement_of(
     reason: str | None,
     failure: Failure | None = None,
     facts: Mapping[str, Any] | None = None,
+    *,
+    is_silent: bool = False,
 ) -> Settlement:
     """
     How a delivery ended, with its arguments where it failed.
@@ -44,6 +47,7 @@ def settlement_of(
         request: The delivery's `ResilientRequest`.
         outcome, reason, failure: What was decided.
         facts: What the child sent.
+        is_silent: See `Settlement`.
     """
     shown = ShownArguments("", "")
     embedded: Mapping[str, Any] = {}
@@ -69,7 +73,6 @@ def settlement_of(
         pid=request.worker_pid,
         run_s=None if started is None else max(0.0, time.time() - started),
         wait_s=None if started is None else _wait_s(request, started),
-        trace_id=trace_id_of(request.message.headers),
         failure=failure,
         args=shown.args,
         kwargs=shown.kwargs,
@@ -78,6 +81,21 @@ def settlement_of(
         chain_length=len(chain) if isinstance(chain, list | tuple) else 0,
         marks=request.marks,
         facts=facts or {},
+        is_silent=is_silent,
+        traceparent=traceparent_of(request.message.headers),
+    )
+
+
+def ended_of(request: Any, outcome: Outcome) -> Ended:
+    """What is counted of a delivery, from its `ResilientRequest`."""
+    started = request.time_start
+    return Ended(
+        request._type,
+        request.deliveries.queue_of(request.message),
+        outcome,
+        (request._request_dict.get("retries") or 0) + 1,
+        None if started is None else max(0.0, time.time() - started),
+        None if started is None else _wait_s(request, started),
     )
 
 
@@ -91,9 +109,9 @@ def _wait_s(request: Any, started: float) -> float | None:
     marks = marks if isinstance(marks, dict) else {}
     if request._delivery_info["redelivered"] or "replay" in marks:
         return None
-    eta, sent_at = request._eta, marks.get("sent_at")
+    eta, sent_at = request._eta, marks.get(SENT_AT)
     if eta is not None:
-        return max(0.0, started - float(eta.timestamp()))
+        return max(0.0, float(started - eta.timestamp()))
     if isinstance(sent_at, int | float):
         return max(0.0, started - sent_at)
     return None

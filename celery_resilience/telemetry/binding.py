@@ -11,7 +11,8 @@ from typing import Any
 
 from celery_resilience._celery import running
 from celery_resilience.body import RUNNING
-from celery_resilience.message import id_text, trace_id_of
+from celery_resilience.message import id_text
+from celery_resilience.trace_ids import trace_id_of
 
 #: What is bound, by the names that it has on a record. Celery calls the first two so.
 NAMES = ("task_id", "task_name", "root_id", "parent_id", "attempt", "trace_id")

@@ -14,7 +14,7 @@ from typing import Any
 from celery_resilience._celery import (
     LOG_IGNORED,
     LOG_RETRY,
-    QUOTING_LINES,
+    quoting_lines,
     running,
 )
 from celery_resilience.redaction import MASK, mask, safe_text, show_arguments
@@ -62,7 +62,7 @@ class CeleryRecords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Take out what may be secret; False where our own line says the same."""
         data = record.__dict__.get("data")
-        shown = QUOTING_LINES.get(record.msg) if isinstance(record.msg, str) else None
+        shown = quoting_lines().get(record.msg) if isinstance(record.msg, str) else None
         if shown is not None:
             _take_quotes_out(record, shown)
         elif isinstance(data, Mapping):

@@ -23,7 +23,6 @@ from celery_resilience.message import (
     foreign_message,
     marks_of,
     original_message,
-    trace_id_of,
     undelayed,
 )
 
@@ -389,38 +388,3 @@ def test_the_original_of_a_delayed_message_is_as_if_it_had_not_been() -> None:
     original = original_message(Message(delivery_info=info), "shop")
 
     assert (original.exchange, original.routing_key) == ("", "shop")
-
-
-@pytest.mark.parametrize(
-    ("header", "found"),
-    [
-        (f"00-{'a' * 32}-{'b' * 16}-01", "a" * 32),
-        (f"00-{'a' * 31}-{'b' * 16}-01", None),
-        (f"00-{'a' * 32}", None),
-        ("", None),
-        (None, None),
-        (5, None),
-    ],
-)
-def test_the_trace_is_read_from_its_header(header: Any, found: str | None) -> None:
-    """As W3C Trace Context writes it; anything else is none."""
-    assert trace_id_of({"traceparent": header}) == found
-    assert trace_id_of({}) is None
-
-
-@pytest.mark.parametrize(
-    ("header", "found"),
-    [
-        (f"{'a' * 32}-{'b' * 16}-1", "a" * 32),
-        (f"{'a' * 32}-{'b' * 16}", "a" * 32),
-        ("a" * 32, None),
-        (5, None),
-    ],
-)
-def test_the_trace_of_sentrys_header_is_read_too(
-    header: Any, found: str | None
-) -> None:
-    """Where there is no other."""
-    assert trace_id_of({"sentry-trace": header}) == found
-    both = {"sentry-trace": header, "traceparent": f"00-{'c' * 32}-{'b' * 16}-01"}
-    assert trace_id_of(both) == "c" * 32

@@ -31,14 +31,13 @@ from celery_resilience.failed.envelope import (
     foreign,
     iso,
     loads,
-    pack,
     posted,
     record_id,
     settled,
-    unpack,
 )
 from celery_resilience.message import HEADER, OriginalMessage
 from celery_resilience.outcome import Outcome, Reason
+from celery_resilience.packing import pack, unpack
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=20)
 

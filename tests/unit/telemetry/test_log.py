@@ -84,7 +84,7 @@ def settlement(**changes: Any) -> Settlement:
         "pid": 77,
         "run_s": 1.23456789,
         "wait_s": 0.5,
-        "trace_id": "a" * 32,
+        "traceparent": f"00-{'a' * 32}-{'b' * 16}-01",
         "args": "(7,)",
         "kwargs": "{'card': '***'}",
         "marks": replay_mark("r" * 32, "t", 3),
@@ -105,8 +105,7 @@ def hostile(text: str = HOSTILE_TEXT) -> Settlement:
         args=text,
         kwargs=text,
         reason=text,
-        trace_id=text,
-        facts={"idempotency_key": text, "error": text},
+        facts={"idempotency_key": text, "error": text, "trace_id": text},
         failure=a_failure(
             exception=text, message=text, fingerprint=text, traceback=text
         ),

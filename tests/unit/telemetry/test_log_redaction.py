@@ -16,7 +16,7 @@ from celery.worker.consumer import consumer
 from unit.log_records import recorded
 
 from celery_resilience import Resilience, ResilientTask
-from celery_resilience._celery import QUOTING_LINES
+from celery_resilience._celery import quoting_lines
 from celery_resilience.task import parameters_of
 from celery_resilience.telemetry.log_redaction import (
     LOGGERS,
@@ -162,12 +162,12 @@ def test_what_our_line_tells_is_not_told_twice(
     assert len(records) == 2
 
 
-@pytest.mark.parametrize("message", list(QUOTING_LINES))
+@pytest.mark.parametrize("message", list(quoting_lines()))
 def test_a_line_that_quotes_a_message_quotes_nothing(
     records: list[logging.LogRecord], message: str
 ) -> None:
     """Of a message that nobody knows, everything may be secret."""
-    shown = QUOTING_LINES[message]
+    shown = quoting_lines()[message]
     count = message.count("%s") + message.count("%r")
     args = ["fine"] * shown + [SECRET] * (count - shown)
     logger = logging.getLogger(
@@ -206,7 +206,7 @@ def test_every_line_that_quotes_is_one_of_celerys() -> None:
         for name, value in vars(consumer).items()
         if name.isupper() and isinstance(value, str) and "body" in value
     } - {consumer.MESSAGE_REPORT}
-    assert known <= QUOTING_LINES.keys()
+    assert known <= quoting_lines().keys()
 
 
 def test_a_second_filter_takes_the_place_of_the_first() -> None:
