@@ -252,10 +252,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             or not _celery.is_a_delivery(request)
             or self.name.startswith("celery.")
         ):
-            token = None
+            token = running = None
             if request is not None and request.is_eager:
                 # Nobody hears that its circuit is open but who has applied it.
                 token = HEARS_OF_CIRCUITS.set(False)
+                running = RUNNING.set((self, request))
             try:
                 return super().__call__(*args, **kwargs)
             except Skip as skip:
@@ -270,7 +271,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 count = request.retries + 1
                 return super().retry(countdown=snooze.countdown_s, max_retries=count)
             finally:
-                if token is not None:
+                if token is not None and running is not None:
+                    RUNNING.reset(running)
                     HEARS_OF_CIRCUITS.reset(token)
         after_body = None
         try:
@@ -391,7 +393,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._rules.before(self, request)
         held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
-        running = RUNNING.set(request)
+        running = RUNNING.set((self, request))
         try:
             with soft_limit_deferred():
                 for room in rooms.around:

@@ -6,7 +6,9 @@ it must be: an ignore that ignores nothing is itself an error of both checkers.
 
 from __future__ import annotations
 
-from typing import assert_type
+import logging
+from collections.abc import MutableMapping
+from typing import Any, assert_type
 
 from celery import Celery, shared_task
 from pybreaker import CircuitBreaker
@@ -24,8 +26,10 @@ from celery_resilience import (
     ResilientTask,
     Skip,
     Snooze,
+    TaskContext,
     TaskOptions,
     TooManyErrors,
+    add_task_context,
     batch,
     once,
     purge_once,
@@ -40,6 +44,8 @@ Resilience().init_app(app)
 answers = resilience.resource(bytearray, bytearray.clear, scope="child")
 assert_type(answers(), bytearray)
 assert_type(celery_resilience.__version__, str)
+logging.getLogger().addFilter(TaskContext(missing="-"))
+assert_type(add_task_context(None, "info", {"event": "x"}), MutableMapping[str, Any])
 
 
 @app.task(base=ResilientTask)
