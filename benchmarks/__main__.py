@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import in_process, keys, life, start_up, store, throughput
+from benchmarks import in_process, keys, life, start_up, store, throughput, watched
 from benchmarks.figures import Figure
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "life": life.measure,
     "keys": keys.measure,
     "key_stores": keys.measure_stores,
+    "watched": watched.measure,
 }
 
 

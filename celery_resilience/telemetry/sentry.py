@@ -239,17 +239,21 @@ class _Run:
     ) -> dict[str, Any] | None:
         """Sentry's event processor."""
         task, request = self._task, self._request
+        job: Any = (event.get("extra") or {}).get("celery-job")
+        has_arguments = isinstance(job, dict) and "args" in job
+        is_transaction = event.get("type") == "transaction"
+        if is_transaction and not has_arguments:
+            return event
         shown = show_arguments(
             request.args,
             request.kwargs,
             parameters=task.parameter_names,
             hidden=task.hidden_names,
         )
-        job = (event.get("extra") or {}).get("celery-job")
-        if isinstance(job, dict) and "args" in job:
+        if has_arguments:
             # With `send_default_pii`.
             job["args"], job["kwargs"] = shown.args, shown.kwargs
-        if event.get("type") == "transaction":
+        if is_transaction:
             return event
         clear_breadcrumbs(event)
         Redactor(shown.secrets, task.hidden_names).clean(event)
