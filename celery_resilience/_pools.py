@@ -113,7 +113,7 @@ def on_child_loop(call: Callable[[], None]) -> None:
     billiard 4.3 sets them after Celery's `worker_process_init` (``pool.py:489``), and
     then says that the child is up (``pool.py:279``).
     """
-    worker = billiard.current_process()._target
+    worker = getattr(billiard.current_process(), "_target", None)
     if not isinstance(worker, billiard_pools.Worker):
         return
     started = worker.on_loop_start
