@@ -147,6 +147,10 @@ class Deliveries:
         if self.on_closed is not None:
             self.on_closed()
 
+    def is_running_in(self, pid: int) -> bool:
+        """Whether a child runs one of these deliveries."""
+        return any(request.worker_pid == pid for request in list(self._open.values()))
+
     def ended_child(self, pid: int, why: MemoryLimitExceeded) -> None:
         """A child is about to be ended, for what its run has taken."""
         self.ended_children[pid] = why

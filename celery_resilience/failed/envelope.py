@@ -17,7 +17,6 @@ from uuid import UUID, uuid4
 from celery_resilience.failure import Failure, fingerprint_of
 from celery_resilience.message import (
     HEADER,
-    KEY,
     OriginalMessage,
     id_text,
     is_of_delivery,
@@ -25,6 +24,7 @@ from celery_resilience.message import (
 )
 from celery_resilience.outcome import Outcome, Reason, Settlement
 from celery_resilience.packing import escaped, pack, tagged, untagged
+from celery_resilience.trace_ids import trace_id_of
 
 SCHEMA = 1
 CONTENT_TYPE = "application/json"
@@ -99,13 +99,9 @@ def envelope(
         "content_type": original.content_type,
         "body_kib": round(len(original.body) / 1024, 1),
         "release": release,
-        "trace_id": trace_id(original.headers),
+        "trace_id": settlement.trace_id or trace_id_of(original.headers),
         "sentry_event_id": settlement.facts.get("sentry_event_id"),
-        "idempotency_key": (
-            settlement.marks[KEY][0]
-            if KEY in settlement.marks
-            else settlement.facts.get("idempotency_key")
-        ),
+        "idempotency_key": settlement.idempotency_key,
         "original": pack(original),
     }
 
@@ -219,12 +215,6 @@ def message_name(packed: Mapping[str, Any]) -> str:
         if not is_of_delivery(name) and name != HEADER
     }
     return _digest(packed["body"], json.dumps(own, default=str, sort_keys=True))
-
-
-def trace_id(headers: Mapping[str, Any]) -> str | None:
-    """The W3C trace id that the sender wrote, if any (W3C Trace Context, 3.2)."""
-    parts = str(headers.get("traceparent") or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
 
 
 def posted(document: Mapping[str, Any]) -> OriginalMessage:

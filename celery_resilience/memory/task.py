@@ -31,7 +31,7 @@ from celery_resilience.memory.slots import (
     SLOT,
     Slots,
 )
-from celery_resilience.soft_limit import MEMORY_SIGNAL
+from celery_resilience.soft_limit import MEMORY_SIGNAL, waiting_handler
 
 if sys.platform != "win32":
     import resource
@@ -292,7 +292,7 @@ class MemoryAround:
             return
         if threading.current_thread() is not threading.main_thread():
             return
-        signal.signal(MEMORY_SIGNAL, self._signalled)
+        signal.signal(MEMORY_SIGNAL, waiting_handler(self._signalled))
         self._hears = True
         self.cells[s.HEARS] = 1
 

@@ -125,12 +125,15 @@ class Sessions:
         if leaks:
             self._tell(run, leaks, exc)
 
-    def after_result(self, sender: Any = None, **_: Any) -> None:
+    def after_result(self, sender: Any = None, task_id: Any = None, **_: Any) -> None:
         """The result is stored: what came after the body is cleaned too."""
         run = current.get()
-        # One without a name has what was done around a body that did not run.
-        if run is None or (run.name and getattr(sender, "name", "") != run.name):
+        if run is None:
             return
+        # One without a name has what was done around a body that did not run.
+        is_others = run.task_id != task_id if run.name else sender.request.is_eager
+        if is_others:
+            return  # applied within this one, and perhaps the very same task
         try:
             if run.libraries or self._django is not None:
                 self._end(run)

@@ -8,8 +8,12 @@ import os
 
 from fleet import make_app
 
+conf = json.loads(os.environ["FLEET_CONF"])
+if "fleet_sentry" in conf or "fleet_spans" in conf:
+    importlib.import_module("traced").set_up(conf)
+
 app = make_app(
-    json.loads(os.environ["FLEET_CONF"]),
+    conf,
     is_plain=os.environ.get("FLEET_PLAIN") == "1",
 )
 

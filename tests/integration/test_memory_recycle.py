@@ -112,6 +112,7 @@ def test_spawned_children_are_recycled_too(make_fleet: FleetMaker) -> None:
     eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
     first, second, third, fourth = pids(fleet, "leak")
     assert first == second != third == fourth
+    assert fleet.notes("handlers wait") == [["handlers wait", True]] * 4
     said = fleet.command("inspect", "resilience_memory", "--json", "-d", "w0@test")
     figures = json.loads(said.stdout)["w0@test"]
     assert figures["recycled"] >= 1
@@ -123,7 +124,7 @@ def test_spawned_children_are_recycled_too(make_fleet: FleetMaker) -> None:
 SPAWNED = """
 import json, os
 from celery import Celery
-from celery_resilience import Resilience, ResilientTask
+from celery_resilience import Resilience, ResilientTask, soft_limit
 from fleet import note
 from memory_tasks import kept, take
 
@@ -134,6 +135,7 @@ Resilience(app)
 @app.task(name="leak", base=ResilientTask, bind=True, shared=False)
 def leak(self, mib):
     note("leak", self.request.id, os.getpid())
+    note("handlers wait", soft_limit._waiting is not None)
     take(mib, kept)
 
 @app.task(name="greedy", base=ResilientTask, shared=False)
