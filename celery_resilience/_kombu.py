@@ -69,7 +69,7 @@ def is_forgotten(message: Any) -> bool:
     """
     channel = message.channel
     if isinstance(channel, virtual.Channel):
-        return message.delivery_tag not in channel.qos._delivered
+        return message.delivery_tag not in (channel.qos._delivered or ())
     tags = getattr(channel, "no_ack_consumers", None) or ()
     return (message.delivery_info or {}).get("consumer_tag") in tags
 
