@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import billiard
@@ -16,6 +19,8 @@ import billiard.common
 from billiard import pool as billiard_pools
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import _state, signals, states
+from celery.app import log as app_log
+from celery.app import trace
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
 from celery.concurrency import asynpool
@@ -30,7 +35,6 @@ from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
-from celery.worker.consumer import consumer as consumers
 from kombu.utils.encoding import safe_repr
 
 from celery_resilience._kombu import kombu_is_as_read
@@ -40,6 +44,9 @@ from celery_resilience._pools import (
     has_parameters,
     is_event_loop_prefork,
 )
+from celery_resilience.errors import ConfigurationError, HeldFromAutoretry
+from celery_resilience.message import OriginalMessage
+from celery_resilience.serialization import serialized
 
 # --- what a run ended with -----------------------------------------------------
 
@@ -188,6 +195,42 @@ def cut_off_from_outside(request: Any) -> None:
     request._announce_cancelled(emit_retry=not request.task.acks_late)
 
 
+# --- its log ---------------------------------------------------------------------------
+
+
+#: The task that runs in this thread, the innermost one; None where none does
+#: (``_state.py:136``, Celery 5.7).
+running_task: Callable[[], Any] = _state.get_current_task
+
+#: How a line begins that tells of a retry, and one of a task that was ignored; each has
+#: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
+LOG_RETRY, LOG_IGNORED = trace.LOG_RETRY, trace.LOG_IGNORED
+
+
+@cache
+def quoting_lines() -> Mapping[str, int]:
+    """
+    Lines that quote a message, and how many of their first arguments do not.
+
+    As `_consumer_class`, in a worker only (``worker/consumer/consumer.py:748``,
+    ``concurrency/base.py:149``, Celery 5.7).
+    """
+    from celery.worker.consumer import consumer
+
+    return {
+        consumer.UNKNOWN_FORMAT: 0,
+        consumer.UNKNOWN_TASK_ERROR: 1,
+        consumer.INVALID_TASK_ERROR: 1,
+        consumer.MESSAGE_DECODE_ERROR: 3,
+        "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
+    }
+
+
+def is_own_formatter(formatter: Any) -> bool:
+    """Whether a handler writes as Celery does where nobody has said how."""
+    return type(formatter) in (celery_log.ColorFormatter, app_log.TaskFormatter)
+
+
 # --- around a task body ------------------------------------------------------------
 
 
@@ -243,6 +286,32 @@ def enter_body(request: Any) -> None:
     request._protected = 1
 
 
+def let_decide_before_autoretry(
+    task: Any, is_decided: Callable[[BaseException], bool]
+) -> None:
+    """
+    Carry past `autoretry_for` what *is_decided* says so of, once for each task.
+
+    What `autoretry_for` wraps is an attribute of the task, which it looks up at each
+    call (``app/autoretry.py:33``, Celery 5.7).
+    """
+    body = vars(task).get("_orig_run")
+    if body is None or hasattr(body, "decides_first"):
+        return
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except Exception as exc:
+            if is_in_body(task.request_stack.top) and is_decided(exc):
+                raise HeldFromAutoretry(exc) from None
+            raise
+
+    run.decides_first = True
+    task._orig_run = run
+
+
 def sent_arguments(
     task: Any, args: Any, kwargs: Any, serializer: str | None
 ) -> tuple[Any, Any]:
@@ -257,6 +326,64 @@ def sent_arguments(
         return args, kwargs
     dumped: tuple[Any, Any] = dump(args, kwargs)
     return dumped
+
+
+class _Recorder:
+    """In the place of a producer: notes the first message that is published by it."""
+
+    def __init__(self) -> None:
+        self.published: tuple[Any, dict[str, Any]] | None = None
+        self.connection = SimpleNamespace(_reraise_as_library_errors=nullcontext)
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Note it; what follows is the event that it was sent."""
+        if self.published is None:
+            self.published = (body, options)
+
+
+def message_of(signature: Any, task_id: str) -> OriginalMessage:
+    """
+    The message that a signature would be sent as; it is not sent.
+
+    What `amqp.send_task_message` hands to its producer (``app/amqp.py:610``,
+    Celery 5.7).
+
+    Raises:
+        ConfigurationError: `apply_async` did not come to send one.
+    """
+    recorder = _Recorder()
+    if not signature.app.conf.task_always_eager:
+        signature.apply_async(task_id=task_id, producer=recorder)
+    if recorder.published is None:
+        raise ConfigurationError(
+            f"the task {signature.task} was not sent as a message: is it eager, or its "
+            "apply_async another?"
+        )
+    body, options = recorder.published
+    content_type, encoding, data = serialized(body, options.pop("serializer"))
+    declared = options.pop("declare", None) or ()
+    queue = next((q.name for q in declared), options["routing_key"])
+    headers = options.pop("headers")
+    exchange = options.pop("exchange") or ""
+    routing_key = options.pop("routing_key")
+    return OriginalMessage(
+        body=data,
+        headers=headers,
+        properties={
+            name: value
+            for name, value in options.items()
+            if value is not None and name in _MESSAGE_PROPERTIES
+        },
+        content_type=content_type,
+        content_encoding=encoding,
+        exchange=getattr(exchange, "name", exchange),
+        routing_key=routing_key or "",
+        queue=queue,
+    )
+
+
+#: Of the options of a publish, those that arrive with the message.
+_MESSAGE_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
 
 def stores_result(task: Any, request: Any) -> bool:
@@ -465,6 +592,18 @@ def _request_class_is_subclassed() -> bool:
     )
 
 
+def _consumer_class() -> Any:
+    """
+    Celery's; imported in a worker only.
+
+    Its module takes `build_tracer` as it is then, and who replaces that (sentry-sdk, in
+    `init`) may do so after celery-resilience was imported.
+    """
+    from celery.worker.consumer.consumer import Consumer
+
+    return Consumer
+
+
 class _ProbeApp:
     use_fast_trace_task = False
 
@@ -486,16 +625,16 @@ CAPTURE_DOORS: Mapping[str, Callable[[], bool]] = {
     "create_request_cls() subclasses the task's Request": _request_class_is_subclassed,
     "Task.Request": lambda: isinstance(Task.Request, str),
     "Consumer.create_task_handler()": lambda: callable(
-        consumers.Consumer.create_task_handler
+        _consumer_class().create_task_handler
     ),
     "Consumer.on_unknown_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_unknown_task, "body", "message", "exc"
+        _consumer_class().on_unknown_task, "body", "message", "exc"
     ),
     "Consumer.on_invalid_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_invalid_task, "body", "message", "exc"
+        _consumer_class().on_invalid_task, "body", "message", "exc"
     ),
     "Consumer.on_decode_error(message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_decode_error, "message", "exc"
+        _consumer_class().on_decode_error, "message", "exc"
     ),
 }
 
@@ -514,7 +653,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         requests.Request._announce_cancelled
     ),
     "Consumer.on_connection_error_after_connected(exc)": lambda: has_parameters(
-        consumers.Consumer.on_connection_error_after_connected, "exc"
+        _consumer_class().on_connection_error_after_connected, "exc"
     ),
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
@@ -534,7 +673,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
-        consumers.Consumer.cancel_active_requests
+        _consumer_class().cancel_active_requests
     ),
     "billiard Worker.wait_for_job and on_ready_counter": child_is_as_read,
     "AsynPool.maintain_pool() and Process._sentinel_poll": exits_are_as_read,

@@ -69,7 +69,8 @@ def is_forgotten(message: Any) -> bool:
     """
     channel = message.channel
     if isinstance(channel, virtual.Channel):
-        return message.delivery_tag not in (channel.qos._delivered or ())
+        held: Any = channel.qos._delivered
+        return message.delivery_tag not in held
     tags = getattr(channel, "no_ack_consumers", None) or ()
     return (message.delivery_info or {}).get("consumer_tag") in tags
 
@@ -103,15 +104,21 @@ def messages_in(connection: Any, queues: Iterable[str]) -> int:
     A passive declaration tells, of AMQP's as of a virtual transport. One of Redis
     without a message is not there (kombu 5.7, ``transport/redis.py:1864``).
     """
-    total = 0
-    for queue in queues:
+    return sum(messages_in_each(connection, queues).values())
+
+
+def messages_in_each(connection: Any, queues: Iterable[str]) -> dict[str, int]:
+    """The same for each queue; 0 for one that is not there."""
+    found = dict.fromkeys(queues, 0)
+    for queue in found:
         with connection.channel() as channel:
             try:
-                total += channel.queue_declare(queue, passive=True).message_count
+                count = channel.queue_declare(queue, passive=True).message_count
+                found[queue] = int(count)
             except connection.channel_errors as exc:
                 if str(getattr(exc, "reply_code", "")) != "404":
                     raise
-    return total
+    return found
 
 
 def queue_arguments(app: Any, connection: Any) -> dict[str, Any] | None:

@@ -340,6 +340,29 @@ def end_child(pool: Any, pid: int) -> None:
     pool.terminate_job(pid, signal.SIGKILL)
 
 
+def hear_exits(pool: Any, tell: Callable[[int, int, bool, bool], None]) -> None:
+    """
+    Tell of each child that has ended: pid, exit code, is it recycled, is it meant.
+
+    The pool says so when it has waited for a child (``pool.py:1346``, billiard 4.3).
+    """
+    billiard_pool = getattr(pool, "_pool", None)
+    if not isinstance(billiard_pool, BilliardPool):
+        return
+    on_process_down = billiard_pool.on_process_down
+
+    def tell_and_go_on(process: Any) -> None:
+        code = process.exitcode or 0
+        is_meant = getattr(process, "_controlled_termination", False)
+        try:
+            tell(process.pid, code, code == EX_RECYCLE, is_meant)
+        finally:
+            if on_process_down is not None:
+                on_process_down(process)
+
+    billiard_pool.on_process_down = tell_and_go_on
+
+
 def unblocked_timer(consumer: Any) -> Any:
     """
     A timer that fires while tasks run and while the pool is joined.

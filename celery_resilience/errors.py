@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from celery.exceptions import Ignore, ImproperlyConfigured, Reject, Retry
+from celery.exceptions import (
+    Ignore,
+    ImproperlyConfigured,
+    Reject,
+    Retry,
+    SoftTimeLimitExceeded,
+)
 
 from celery_resilience.redaction import safe_text
 
@@ -221,6 +227,44 @@ class CircuitSnooze(Snooze):
         return type(self), (self.countdown_s, self.name, self.marks["waits_since"])
 
 
+class RetryByRule(Retry):
+    """One of the task's retry rules has sent it again.
+
+    Attributes:
+        raised: What the body had raised; not beyond the process that ran it.
+    """
+
+    raised: BaseException | None = None
+
+
+class RetrySnooze(Snooze):
+    """A retry is not due yet: the main process sends its message again, with our marks.
+
+    Args:
+        countdown_s: Seconds until it is looked at again.
+        reason: Why, for the log and the counts.
+        marks: Ours on the message; None takes one away.
+    """
+
+    def __init__(self, countdown_s: float, reason: str, marks: Mapping[str, Any]):
+        super().__init__(countdown_s, reason)
+        self.marks = dict(marks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.countdown_s, self.reason, self.marks)
+
+
+class HeldFromAutoretry(PassesAutoretry):
+    """Carries what a body raised past `autoretry_for`: a retry rule is for it."""
+
+    def __init__(self, raised: BaseException) -> None:
+        super().__init__(type(raised).__name__)
+        self.raised = raised
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.raised,)
+
+
 class SendAgain(Ignore):
     """Tell the main process to send this delivery's message again, unchanged in state.
 
@@ -277,6 +321,45 @@ class NotSerializable(ResilienceError, TypeError):
 
 #: What steers Celery, and says nothing of how a call went.
 CONTROL_FLOW: tuple[type[Exception], ...] = (Ignore, Reject, Retry)
+
+#: What a rule for a base class, such as Exception, is not meant for.
+NAMED_ONLY: tuple[type[Exception], ...] = (
+    *CONTROL_FLOW,
+    ResilienceError,
+    SoftTimeLimitExceeded,
+)
+
+
+#: By which a task is asked to end.
+SOFT_LIMITS: tuple[type[Exception], ...] = (SoftTimeLimitExceeded,)
+
+
+class TooManyErrors(ResilienceError):
+    """More items of a batch went wrong than it may have.
+
+    Attributes:
+        report: What became of the items, see `BatchReport`.
+    """
+
+    def __init__(
+        self, message: str | None = None, report: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.report = dict(report or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.report)
+
+    @classmethod
+    def of(cls, verdict: str, report: Mapping[str, Any]) -> TooManyErrors:
+        """Say how many, and what most of them were."""
+        kinds = sorted(report["errors"].items(), key=lambda kind: -kind[1])
+        most = ", ".join(f"{kind} ({count})" for kind, count in kinds[:3])
+        return cls(
+            f"batch {report['name']}: {verdict}: {report['skipped']} skipped and "
+            f"{report['failed']} failed, {report['ok']} ok; {most}",
+            report,
+        )
 
 
 class NoKey(ResilienceError, TypeError):

@@ -20,6 +20,7 @@ NAMES = (
     "memory_limit_mib",
     "drain_timeout_s",
     "health_port",
+    "metrics_port",
     "stop_after_s",
     "stop_after_tasks",
     "stop_when_empty",
@@ -116,6 +117,15 @@ def _options() -> Iterator[Any]:
         help_group=HELP_GROUP,
         help="Answer /live and /ready over HTTP there, on every address unless a host "
         "is given. Unlike `inspect ping`, /live does not need the broker.",
+    )
+    yield CeleryOption(
+        ("--metrics-port",),
+        type=_address_type(),
+        metavar="[HOST:]PORT",
+        default=None,
+        help_group=HELP_GROUP,
+        help="Show metrics to Prometheus at /metrics there, for all children; it may be "
+        "the health port. Celery has no such option.",
     )
     yield CeleryOption(
         ("--stop-after-s",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -43,16 +44,23 @@ if TYPE_CHECKING:
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
+    from celery_resilience.failed.items import ItemKeeper
     from celery_resilience.failed.task import ReplayFence
     from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.send import KeySender
     from celery_resilience.lifecycle.bootstep import Lifecycle
+    from celery_resilience.retries.budgets import Budgets
+    from celery_resilience.retries.task import TaskRules
     from celery_resilience.sessions.resources import Resource
+    from celery_resilience.telemetry.business import RunCounts
 
 Thing = TypeVar("Thing")
 
 _ATTRIBUTE = "_celery_resilience"
+
+#: Most seconds that a message of a retry is held for its time.
+MAX_RETRY_WAIT_S = 900.0
 
 #: The environment variable by which a worker tells a spawned child, which copies
 #: nothing of it, what a forked one knows.
@@ -202,6 +210,7 @@ class Installation:
         child: What surrounds a body; None outside a worker, or when it is off.
         lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
+        has_metrics: Somebody reads what this worker counts.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -209,6 +218,7 @@ class Installation:
         self.child: ChildRooms | None = None
         self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
+        self.has_metrics = False
         self._stores: dict[str, Any] = {}
 
     @cached_property
@@ -244,12 +254,66 @@ class Installation:
 
         return guarded
 
+    def publish_failed(self, task: ResilientTask) -> None:
+        """A call of *task* could not be sent: end what tracing has begun for it."""
+        if "opentelemetry.trace" in sys.modules:
+            from celery_resilience.telemetry.opentelemetry import publish_failed
+
+            publish_failed(task)
+
     @cached_property
     def streams(self) -> Streams:
         """Streams of the tasks that run in this process."""
         from celery_resilience.batches.task import Streams
 
-        return Streams(self.checkpoint_store, is_stopping=is_draining)
+        return Streams(
+            self.checkpoint_store,
+            is_stopping=is_draining,
+            task_of=self.app.tasks.__getitem__,
+            keep=self.keep_item,
+        )
+
+    def keep_item(
+        self, signature: Any, exc: BaseException, *, task_id: str, request: Any
+    ) -> Callable[[], object]:
+        """Make a failed task of an item of a batch; what this returns stores it."""
+        return self.item_keeper.keep(
+            signature,
+            _celery.message_of(signature, task_id),
+            exc,
+            task_id=task_id,
+            request=request,
+        )
+
+    @cached_property
+    def item_keeper(self) -> ItemKeeper:
+        """Keeps failed items; it has a connection of this process's own."""
+        from celery_resilience.failed.capture import Capture
+        from celery_resilience.failed.items import ItemKeeper
+        from celery_resilience.publisher import Publisher
+
+        settings = self.settings
+        capture = Capture(
+            namespace=settings.namespace,
+            default_queue=settings.failed_queue,
+            routes=settings.failed_routes,
+            own_queue=lambda name: getattr(
+                self.app.tasks.get(name), "failed_queue", None
+            ),
+            clock=time.time,
+            release=settings.release,
+        )
+        return ItemKeeper(capture, Publisher(self.app).publish)
+
+    def new_counts(self) -> RunCounts:
+        """For what one run counts itself."""
+        from celery_resilience.telemetry.business import RunCounts
+
+        return RunCounts(self._hides_label)
+
+    def _hides_label(self, name: str) -> bool:
+        hidden = frozenset(map(str.lower, self.settings.redact))
+        return is_hidden(name, hidden)
 
     @cached_property
     def key_sender(self) -> KeySender:
@@ -336,9 +400,6 @@ class Installation:
         """What becomes of a run whose circuit is open; its result, or it raises."""
         from celery_resilience.circuits.task import when_open
 
-        options = self.app.conf.broker_transport_options or {}
-        # kombu's own for Redis, where nobody has set another.
-        visible_s = float(options.get("visibility_timeout") or 3_600.0)
         return when_open(
             task,
             request,
@@ -346,7 +407,54 @@ class Installation:
             args,
             kwargs,
             breakers=self.breakers,
-            visible_s=visible_s,
+            visible_s=self.visible_s,
+        )
+
+    @property
+    def visible_s(self) -> float:
+        """After so many seconds the broker may deliver a held message again."""
+        options = self.app.conf.broker_transport_options or {}
+        # kombu's own for Redis, where nobody has set another.
+        return float(options.get("visibility_timeout") or 3_600.0)
+
+    @cached_property
+    def retry_budgets(self) -> Budgets:
+        """The retry budgets of this process; no setting is read before one is used."""
+        from celery_resilience.retries.budgets import Budgets
+
+        return Budgets(self.budget_store, self.budget_options)
+
+    def budget_options(self) -> dict[str, Any]:
+        """
+        What the app says of its retry budgets, by their names.
+
+        Raises:
+            ConfigurationError: An option is wrong.
+        """
+        if not self.settings.retry_budgets:
+            return {}
+        from celery_resilience.retries.options import budget_options
+
+        return {
+            name: budget_options(name, options)
+            for name, options in self.settings.retry_budgets
+        }
+
+    def task_rules(self, task: type[ResilientTask]) -> TaskRules | None:
+        """
+        The retry rules of *task*; None where it has none.
+
+        Raises:
+            ConfigurationError: They are wrong.
+        """
+        if task.retry_rules == ():
+            return None
+        from celery_resilience.retries.task import task_rules
+
+        return task_rules(
+            task,
+            budgets=lambda: self.retry_budgets,
+            max_wait_s=lambda: min(MAX_RETRY_WAIT_S, self.visible_s / 2),
         )
 
     @property
@@ -486,6 +594,14 @@ class Installation:
         """The store of circuits, or None when the app has none."""
         return self._store("circuits")
 
+    def budget_store(self) -> Any:
+        """The store of retry budgets, or None when the app has none."""
+        return self._store("budgets")
+
+    def shelf_store(self) -> Any:
+        """The store of snoozed messages that wait, or None when the app has none."""
+        return self._store("shelf")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -501,6 +617,8 @@ class Installation:
             from celery_resilience.crashes.redis_store import RedisStartStore
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
+            from celery_resilience.retries.redis_store import RedisBudgetStore
+            from celery_resilience.shelf.redis_store import RedisShelfStore
             from celery_resilience.stores.redis import RedisServer
 
             tls = self.store_choice.tls
@@ -509,10 +627,12 @@ class Installation:
             hasty = RedisServer(url, settings.namespace, tls=tls, **circuits.LIMITS)
             return {
                 "circuits": circuits.RedisCircuitStore(hasty),
+                "budgets": RedisBudgetStore(hasty),
                 "failed": RedisFailedTaskStore(server),
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
                 "checkpoints": RedisCheckpointStore(server),
+                "shelf": RedisShelfStore(quick),
                 "backend": server,
             }
         from celery_resilience.batches.sql_store import SqlCheckpointStore
@@ -520,15 +640,19 @@ class Installation:
         from celery_resilience.crashes.sql_store import SqlStartStore
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
+        from celery_resilience.retries.sql_store import SqlBudgetStore
+        from celery_resilience.shelf.sql_store import SqlShelfStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
         return {
             "circuits": SqlCircuitStore(database, settings.namespace),
+            "budgets": SqlBudgetStore(database, settings.namespace),
             "failed": SqlFailedTaskStore(database, settings.namespace),
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
             "checkpoints": SqlCheckpointStore(database, settings.namespace),
+            "shelf": SqlShelfStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -548,6 +672,8 @@ class Installation:
         from celery_resilience.crashes import sql_store as crashes
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
+        from celery_resilience.retries import sql_store as retries
+        from celery_resilience.shelf import sql_store as shelf
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -557,6 +683,8 @@ class Installation:
                 circuits.ROOM: (circuits.VERSION, circuits.TABLES),
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
+                retries.ROOM: (retries.VERSION, retries.TABLES),
+                shelf.ROOM: (shelf.VERSION, shelf.TABLES),
             }
         )
 

@@ -15,12 +15,25 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from celery_resilience.trace_ids import is_traceparent, traceparent_of, without_trace
+
 #: The one header of ours. Celery copies unknown headers to retries, so
 #: everything that we write on a message is below it.
 HEADER = "resilience"
 
 #: The mark by which a message carries its idempotency key: it says nothing of a past.
 KEY = "key"
+
+#: The marks of a retry by a rule: what has failed before; and until when, or on which
+#: budget, it waits. A task that was tried again has no past to report either.
+RETRY = "retry"
+RETRY_WAIT = "retry_wait"
+
+#: The mark by which a message tells when it was sent, in wall seconds: no past either.
+SENT_AT = "sent_at"
+
+#: The marks that say nothing of a past.
+_OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT, SENT_AT})
 
 #: Characters of a key's name, and of the name of a process.
 MAX_KEY = 255
@@ -109,6 +122,14 @@ class OriginalMessage:
             redelivered=False,
         )
 
+    def in_new_trace(self) -> OriginalMessage:
+        """The message, to start a trace of its own, which is linked to the one it had."""
+        traceparent = traceparent_of(self.headers)
+        if traceparent is None:
+            return self
+        message = self.marked(trace=traceparent)
+        return replace(message, headers=without_trace(message.headers))
+
     def due_at(self, at: datetime | None) -> OriginalMessage:
         """The message, to be run not before *at*."""
         eta = None if at is None else at.astimezone(UTC).isoformat()
@@ -131,7 +152,7 @@ def marks_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:
 def has_past(headers: Mapping[str, Any]) -> bool:
     """Whether a message with these headers was replayed or sent again."""
     marks = headers.get(HEADER)
-    return bool(marks) and (not isinstance(marks, dict) or marks.keys() != {KEY})
+    return bool(marks) and not (isinstance(marks, dict) and marks.keys() <= _OF_NO_PAST)
 
 
 def _is_count(mark: Any) -> bool:
@@ -165,6 +186,39 @@ def _is_key(mark: Any) -> bool:
     )
 
 
+def _is_time(mark: Any) -> bool:
+    return (
+        isinstance(mark, int | float) and not isinstance(mark, bool) and isfinite(mark)
+    )
+
+
+def _is_retry(mark: Any) -> bool:
+    return (
+        isinstance(mark, dict)
+        and _is_time(mark.get("since"))
+        and isinstance(mark.get("spent"), dict)
+        and all(_is_count(count) for count in mark["spent"].values())
+        and isinstance(mark.get("failures"), list | tuple)
+        and all(
+            isinstance(failure, list | tuple)
+            and len(failure) == 4
+            and _is_count(failure[0])
+            and isinstance(failure[2], str)
+            and _is_time(failure[1])
+            and _is_time(failure[3])
+            for failure in mark["failures"]
+        )
+    )
+
+
+def _is_retry_wait(mark: Any) -> bool:
+    return (
+        isinstance(mark, dict)
+        and _is_time(mark.get("due", 0.0))
+        and 1 <= len(text_of(mark.get("budget", "-"))) <= MAX_KEY
+    )
+
+
 #: What each of our marks must be to count.
 _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "alone": lambda mark: isinstance(mark, bool),
@@ -175,8 +229,12 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "key": _is_key,
     "redeliveries": _is_count,
     "replay": _is_replay,
+    RETRY: _is_retry,
+    RETRY_WAIT: _is_retry_wait,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
+    "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "snoozes": _is_count,
+    "trace": is_traceparent,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
 }

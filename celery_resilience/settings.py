@@ -26,7 +26,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "metrics_port": None,
 }
 
 
@@ -336,6 +335,12 @@ class Settings:
         "max_open_s, jitter, probes, probe_lease_s, release_per_s, ramp_from, "
         "queues, exclude}}, each optional.",
     )
+    retry_budgets: tuple[tuple[str, dict[str, Any]], ...] = _setting(
+        (),
+        _circuits,
+        "{name: {share, per_s, most}}, each optional: what retry rules with that budget "
+        "may spend.",
+    )
     crash_window_s: float = _setting(
         259_200.0, _seconds, "Older crashes of a task are forgotten."
     )
@@ -350,6 +355,12 @@ class Settings:
         _optional(_address),
         "Answers /live and /ready over HTTP there: a port on every address, or "
         '"host:port".',
+    )
+    metrics_port: tuple[str, int] | None = _setting(
+        None,
+        _optional(_address),
+        "Shows metrics to Prometheus at /metrics there: a port on every address, or "
+        '"host:port"; the health port\'s, too.',
     )
     memory_recycle_mib: float | str | None = _setting(
         None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,12 +15,13 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_resilience import _celery
-from celery_resilience.body import HEARS_OF_CIRCUITS
+from celery_resilience.body import HEARS_OF_CIRCUITS, RUNNING
 from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
     CircuitIsOpen,
     ConfigurationError,
+    HeldFromAutoretry,
     KeyMismatch,
     MissingExtra,
     Replaced,
@@ -30,11 +32,27 @@ from celery_resilience.errors import (
     Snooze,
     TaskExited,
 )
+from celery_resilience.events import emit
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, KEY, has_past, id_text, marks_of
-from celery_resilience.outcome import Reason
+from celery_resilience.message import (
+    HEADER,
+    KEY,
+    RETRY,
+    SENT_AT,
+    has_past,
+    id_text,
+    marks_of,
+)
+from celery_resilience.outcome import COUNTED_FACT, Reason
 from celery_resilience.redaction import safe_text
-from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.run_view import (
+    COUNTS,
+    HANDED_OVER,
+    KEY_NAME,
+    KEYED_RUN,
+    RUN_FACTS,
+    RunView,
+)
 from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, nearly_options, wrong_options
@@ -45,6 +63,8 @@ if TYPE_CHECKING:
     from celery_resilience.idempotency.registered import TaskKeys
     from celery_resilience.idempotency.task import KeyedRun
     from celery_resilience.install import ChildRooms, Installation
+    from celery_resilience.retries.rules import Never, On
+    from celery_resilience.retries.task import TaskRules
 
 logger = logging.getLogger("celery_resilience.task")
 
@@ -57,8 +77,9 @@ REPLACED = "_resilience_replaced"
 #: What a run is told that does not get its key.
 REFUSALS = (AlreadyDone, AlreadyRunning, KeyMismatch, RunInterrupted)
 
-#: Marks that a retry inherits: it belongs to the same replay, and has the same key.
-INHERITED_MARKS = ("replay", KEY)
+#: Marks that a retry inherits: it belongs to the same replay, has the same key, and
+#: failed as often before.
+INHERITED_MARKS = ("replay", KEY, RETRY)
 
 #: Those that another task inherits.
 INHERITED_BY_ANOTHER = ("replay",)
@@ -120,6 +141,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             of it, in MiB, or as a share ("25%") of the container's memory; above it the
             run fails as `memory_limit`. None: `resilience_memory_limit_mib`. In the
             prefork pool only.
+        retry_rules: What is tried again, how often and until when: a tuple of `On(…)` and
+            `Never(…)`, the first that matches what the body raised. They decide before
+            `autoretry_for`, and bring their own limits beside `max_retries`. What no
+            rule is for stays Celery's.
         circuit: Name of the circuit that guards the task's body, or a
             `pybreaker.CircuitBreaker`: while it is open, the task does not run.
         if_circuit_open: What becomes of the task then, and where the body calls through
@@ -141,6 +166,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     unique_enqueue: bool = False
     max_message_kib: float | None = None
     memory_limit_mib: float | str | None = None
+    retry_rules: Sequence[On | Never] = ()
     circuit: Any = None
     if_circuit_open: IfOpen = "snooze"
 
@@ -149,6 +175,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     _base_has_a_call: ClassVar[bool] = True
     _keys: ClassVar[TaskKeys | None] = None
     _circuit: ClassVar[TaskCircuit | None] = None
+    _rules: ClassVar[TaskRules | None] = None
 
     #: Options that are True because the task has a key.
     asked_by_key: ClassVar[tuple[str, ...]] = ()
@@ -199,7 +226,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         cls._installation = install(app)
         cls._base_has_a_call = _celery.has_a_call(cls, after=ResilientTask)
         run_on_loop(cls)
-        cls._keys, cls._circuit = check_options(cls, cls._installation)
+        cls._keys, cls._circuit, cls._rules = check_options(cls, cls._installation)
         super().on_bound(app)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +240,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         2. the idempotency key is taken;
         3. what the body may leave behind is looked at, before and after it;
         4. the body;
-        5. the key is finished, and the circuit told;
+        5. where it has failed, the retry rules are asked; the key is finished, and the
+           circuit told;
         6. the facts of a failure, for the settlement in the main process.
         """
         request = self.request_stack.top
@@ -257,7 +285,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return self._run_keyed(rooms, request, args, kwargs)
             return self._run_body(rooms, request, args, kwargs)
         except Skip as skip:
-            rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
+            self._tell(rooms, request, {"skipped": safe_text(skip.reason)})
             return skip.result
         except Ignore as ignore:
             if REPLACED in vars(request):
@@ -275,6 +303,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
+            if COUNTS in vars(request) or RUN_FACTS in vars(request):
+                with soft_limit_deferred():
+                    self._tell(rooms, request, {})
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
@@ -356,7 +387,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the body, with the rooms that look at what it leaves behind."""
+        if self._rules is not None:
+            self._rules.before(self, request)
+        held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
+        running = RUNNING.set(request)
         try:
             with soft_limit_deferred():
                 for room in rooms.around:
@@ -372,6 +407,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 if rooms.give_way is not None:
                     rooms.give_way()
                 result = self._when_open(request, exc, args, kwargs)
+            except HeldFromAutoretry as exc:
+                held, result = exc, None
+            if held is not None:
+                # Out of its handler, which would become what it was raised in.
+                raise held.raised
         except BaseException as exc:
             if rooms.give_way is not None:
                 rooms.give_way()
@@ -379,6 +419,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._after_body(rooms, request, exc)
             raise
         finally:
+            RUNNING.reset(running)
             HEARS_OF_CIRCUITS.reset(token)
         self._after_body(rooms, request, None)
         return result
@@ -387,12 +428,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         self, rooms: ChildRooms, request: Context, exc: BaseException | None
     ) -> None:
         """
-        Let the rooms look, the innermost first.
+        Let the rooms look, the innermost first; then ask the retry rules.
 
         Raises:
-            ResilienceError: One changes what the run came to; the others still look.
+            ResilienceError: A room changes what the run came to; the others still look.
+            RetryByRule: The task is tried again.
         """
-        if not rooms.around:
+        if not (rooms.around or self._rules):
             return
         verdict: ResilienceError | None = None
         with soft_limit_deferred():
@@ -403,8 +445,24 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                     verdict = raised
                 except Exception:
                     logger.exception("%s: %s could not look", self.name, room)
+            failure = verdict or exc
+            if self._rules is not None and isinstance(failure, Exception):
+                self._retry_by_rule(self._rules, request, failure)
         if verdict is not None:
             raise verdict from exc
+
+    def _retry_by_rule(
+        self, rules: TaskRules, request: Context, exc: Exception
+    ) -> None:
+        """
+        Send the task again where one of its rules says so, and what it left is undone.
+
+        Raises:
+            RetryByRule: It is sent.
+        """
+        # Celery's own retry may have been the last one already.
+        if vars(request).get(EXHAUSTED) != id(exc) and rules.after(self, request, exc):
+            vars(request)[EXHAUSTED] = id(exc)
 
     def _begin_keyed(
         self,
@@ -459,7 +517,17 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
-            rooms.facts.send(id_text(request.id), facts)
+            emit("run.failed", task=self, request=request, exc=exc, facts=facts)
+            self._tell(rooms, request, facts)
+
+    @staticmethod
+    def _tell(rooms: ChildRooms, request: Context, facts: dict[str, Any]) -> None:
+        """Send the facts of a run, once, with what its rooms tell and it has counted."""
+        facts.update(vars(request).pop(RUN_FACTS, {}))
+        counts = vars(request).pop(COUNTS, None)
+        if counts is not None:
+            facts[COUNTED_FACT] = counts.fact()
+        rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -516,14 +584,12 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             # By their names, as a base class of the app's own may take them.
             options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
-        publish: Any = super().apply_async
+        publish: Any = self._publish
         has_limit = self.max_message_kib is not None
-        if (
-            (keys is None and not has_limit)
-            or installation is None
-            or not installation.settings.enabled
-            or self.app.conf.task_always_eager
-        ):
+        if installation is None or not installation.settings.enabled:
+            return publish(args, kwargs, **options)
+        options["headers"] = _with_time(options.get("headers"))
+        if (keys is None and not has_limit) or self.app.conf.task_always_eager:
             return publish(args, kwargs, **options)
         if has_limit:
             publish = self._publish_guarded
@@ -541,11 +607,20 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
+    def _publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Celery's `apply_async`, which tells nobody that it could not publish."""
+        try:
+            return super().apply_async(args, kwargs, **options)
+        except Exception:
+            if self._installation is not None:
+                self._installation.publish_failed(self)
+            raise
+
     def _publish_guarded(self, args: Any, kwargs: Any, **options: Any) -> Any:
         """Celery's `apply_async`, of a message that is measured."""
         assert self._installation is not None
         return self._installation.send_guarded(
-            self, super().apply_async, args, kwargs, options
+            self, self._publish, args, kwargs, options
         )
 
     @property
@@ -656,6 +731,13 @@ def run_on_loop(task: type[ResilientTask]) -> None:
     task.run = staticmethod(run) if is_static else run  # type: ignore[method-assign]
 
 
+def _with_time(headers: Any) -> dict[str, Any]:
+    """Headers with our mark of the present moment, from which a task's wait counts."""
+    headers = headers or {}
+    marks = marks_of(headers) if HEADER in headers else {}
+    return {**headers, HEADER: {**marks, SENT_AT: round(time.time(), 3)}}
+
+
 def inherited_marks(
     request: Context | None, names: tuple[str, ...] = INHERITED_MARKS
 ) -> dict[str, Any]:
@@ -687,12 +769,13 @@ def _is_redelivered(request: Context) -> bool:
 
 def check_options(
     task: type[ResilientTask], installation: Installation
-) -> tuple[TaskKeys | None, TaskCircuit | None]:
+) -> tuple[TaskKeys | None, TaskCircuit | None, TaskRules | None]:
     """
     Check a task's options where it is registered.
 
     Returns:
-        How its keys are made, and the circuit around it; None where it has none.
+        How its keys are made, the circuit around it, and its retry rules; None where
+        it has none.
 
     Raises:
         ConfigurationError: Some are wrong; the message names the task, each
@@ -708,7 +791,7 @@ def check_options(
             name,
             meant,
         )
-    keys = circuit = None
+    keys = circuit = rules = None
     try:
         keys = installation.task_keys(task)
     except ConfigurationError as exc:
@@ -717,6 +800,17 @@ def check_options(
         circuit = installation.task_circuit(task)
     except ConfigurationError as exc:
         wrong.append(str(exc))
+    try:
+        rules = installation.task_rules(task)
+    except ConfigurationError as exc:
+        wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
-    return keys, circuit
+    for name in () if rules is None else rules.idle_autoretries(task):
+        logger.warning(
+            "task %s has autoretry_for = %s, which its retry_rules decide: it is never "
+            "asked for",
+            task.name,
+            name,
+        )
+    return keys, circuit, rules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from celery_resilience.finite import is_finite
@@ -12,6 +12,7 @@ from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 if TYPE_CHECKING:
     from celery_resilience.circuits.task import IfOpen
     from celery_resilience.idempotency.options import IfDone, IfInterrupted, IfRunning
+    from celery_resilience.retries.rules import Never, On
 
 #: Names of arguments; one string is no list of them.
 Names = list[str] | tuple[str, ...] | set[str] | frozenset[str]
@@ -38,6 +39,7 @@ class TaskOptions(TypedDict, total=False):
     unique_enqueue: bool
     max_message_kib: float | None
     memory_limit_mib: float | str | None
+    retry_rules: Sequence[On | Never]
     circuit: Any
     if_circuit_open: IfOpen
 
@@ -78,9 +80,6 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-#: Options of the public contract whose feature this release does not have.
-NOT_IN_THIS_RELEASE = ("retry_rules",)
-
 
 def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     """
@@ -89,7 +88,7 @@ def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     Args:
         known: The names that its base classes have.
     """
-    ours = [*TaskOptions.__annotations__, *NOT_IN_THIS_RELEASE]
+    ours = [*TaskOptions.__annotations__]
     found = []
     for name in vars(task):
         if name not in known:
@@ -135,10 +134,5 @@ def wrong_options(task: type[Any], known: Iterable[str]) -> list[str]:
         f"{name} must be {accepted}, got {getattr(task, name)!r}"
         for name, (is_right, accepted) in _CHECKS.items()
         if not is_right(getattr(task, name))
-    ]
-    found += [
-        f"{name} is not in this release of celery-resilience: remove it"
-        for name in NOT_IN_THIS_RELEASE
-        if getattr(task, name, None)
     ]
     return found + misspelt_options(task, known)

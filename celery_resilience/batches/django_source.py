@@ -63,3 +63,10 @@ class DjangoSource:
                 "stream: a page ends within atomic(), where nothing is committed: leave "
                 "it before the next row is asked for"
             )
+
+
+def close_connections() -> None:
+    """Close those of this thread."""
+    from django.db import connections
+
+    connections.close_all()

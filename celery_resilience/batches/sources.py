@@ -16,11 +16,13 @@ class Page(NamedTuple):
         rows: As the source has them.
         place: What the next page comes after.
         is_last: Nothing comes after it.
+        places: What would come after each of the rows.
     """
 
     rows: Sequence[Any]
     place: Any
     is_last: bool
+    places: Sequence[Any]
 
 
 class Source(Protocol):
@@ -54,7 +56,8 @@ class IterableSource:
             self._items = iter(self._iterable)
             next(islice(self._items, place, place), None)
         rows = list(islice(self._items, size))
-        return Page(rows, place + len(rows), len(rows) < size)
+        end = place + len(rows)
+        return Page(rows, end, len(rows) < size, range(place + 1, end + 1))
 
     def commit(self) -> None:
         """Commit the session, if there is one."""
@@ -84,7 +87,7 @@ def keyed_page(rows: Sequence[Any], keys: Sequence[Any], size: int, key: str) ->
         raise ValueError(f"stream: a row has no {key}: give a key that each row has")
     is_last = len(rows) <= size
     rows, keys = rows[:size], keys[:size]
-    return Page(rows, keys[-1] if keys else None, is_last)
+    return Page(rows, keys[-1] if keys else None, is_last, keys)
 
 
 def source_of(source: Any, *, key: str, session: Any = None) -> Source:

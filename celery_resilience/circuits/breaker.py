@@ -23,9 +23,9 @@ from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from celery_resilience.body import HEARS_OF_CIRCUITS
 from celery_resilience.circuits import policy
-from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
+from celery_resilience.circuits.circuit import Circuit, Permit
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.circuits.policy import Entry, Position, State
-from celery_resilience.circuits.retry_after import retry_after_of
 from celery_resilience.errors import (
     CONTROL_FLOW,
     CircuitIsOpen,
@@ -33,6 +33,7 @@ from celery_resilience.errors import (
     ResilienceError,
 )
 from celery_resilience.events import emit, observed
+from celery_resilience.retry_after import retry_after_of
 
 logger = logging.getLogger("celery_resilience.circuits")
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from celery.exceptions import Retry
 
-from celery_resilience.circuits.fleet import Circuits, check_name
+from celery_resilience.circuits.circuit import check_name
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.errors import (
     CircuitIsOpen,
     CircuitSnooze,
     ConfigurationError,
+    RetryByRule,
 )
 from celery_resilience.message import marks_of
 
@@ -101,12 +103,14 @@ class TaskCircuit:
         Args:
             permit: From `enter`.
             exc: What it ended in. Celery's Retry counts nothing, and that of a task
-                with `autoretry_for` as what the body had raised.
+                with `autoretry_for`, or by a retry rule, as what the body had raised.
             task: Whose run it was.
         """
         assert self._breaker is not None
         retried_for = tuple(getattr(task, "autoretry_for", ()))
-        if isinstance(exc, Retry) and isinstance(exc.exc, retried_for):
+        if isinstance(exc, RetryByRule):
+            exc = exc.raised
+        elif isinstance(exc, Retry) and isinstance(exc.exc, retried_for):
             exc = exc.exc
         self._breaker.leave(permit, exc)
 

@@ -29,8 +29,16 @@ from celery_resilience.message import (
     id_text,
     marks_of,
 )
-from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
+from celery_resilience.outcome import (
+    ENDED,
+    EVENTS,
+    Ended,
+    Outcome,
+    Reason,
+    Settlement,
+)
 from celery_resilience.redaction import safe_text
+from celery_resilience.trace_ids import traceparent_of
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -56,12 +64,15 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         visibility: Keeps the messages that this worker holds on Redis.
         prepare_tasks: Called before the strategies are made, at each start.
         is_failed_queue: Whether a queue is collected, and not consumed as tasks.
+        shelve: Given a message and what Celery does with it; whether the message waits
+            elsewhere. None: none does.
     """
 
     deliveries: ClassVar[Deliveries]
     visibility: ClassVar[RedisVisibility]
     prepare_tasks: ClassVar[Callable[[], None]]
     is_failed_queue: ClassVar[Callable[[str], bool]]
+    shelve: ClassVar[Callable[[Any, Callable[[Any], Any]], bool] | None] = None
 
     def update_strategies(self) -> None:
         """Give every resilient task our Request before its strategy is made."""
@@ -102,6 +113,20 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Wrap Celery's handler so that a malformed message does not end the worker."""
         handle = super().create_task_handler(*args, **kwargs)
+        shelve = type(self).shelve
+
+        def receive(message: Any) -> Any:
+            try:
+                return handle(message)
+            except Exception as exc:
+                # Celery 5.7 ends the worker here, or on Redis, where kombu takes
+                # a KeyError for a lost connection, reconnects for ever.
+                defect = malformation(message)
+                if not defect:
+                    raise
+                self._keep(
+                    message, Reason.MALFORMED, exc, defect, lambda: _reject(message)
+                )
 
         def on_task_received(message: Any) -> Any:
             if is_draining() and not is_forgotten(message):
@@ -115,17 +140,9 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
                     task=_announced_name(message),
                     bytes=len(message.body),
                 )
-            try:
-                return handle(message)
-            except Exception as exc:
-                # Celery 5.7 ends the worker here, or on Redis, where kombu takes
-                # a KeyError for a lost connection, reconnects for ever.
-                defect = malformation(message)
-                if not defect:
-                    raise
-                self._keep(
-                    message, Reason.MALFORMED, exc, defect, lambda: _reject(message)
-                )
+            if shelve is not None and shelve(message, receive):
+                return None
+            return receive(message)
 
         return on_task_received
 
@@ -247,10 +264,12 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
             worker=deliveries.worker,
             failure=Failure(kind, text, fingerprint_of(reason, kind, task, defect)),
             marks=marks_of(original.headers),
+            traceparent=traceparent_of(original.headers),
         )
         deliveries.received += 1
         deliveries.counts[Outcome.FAILED] += 1
         envelope = deliveries.keeps.message_for(settlement, original)
+        emit(ENDED, ended=Ended(task, original.queue, Outcome.FAILED))
         emit(EVENTS[Outcome.FAILED], settlement=settlement)
         if envelope is None:
             then()

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from celery_resilience.failed.envelope import SCHEMA, iso, unpack
-from celery_resilience.message import OriginalMessage
+from celery_resilience.failed.envelope import SCHEMA, iso
+from celery_resilience.message import RETRY, OriginalMessage
+from celery_resilience.outcome import Reason
+from celery_resilience.packing import unpack
 
 #: The names of the public JSON, in their order.
 FIELDS = (
@@ -76,7 +78,9 @@ class FailedTask:
     Attributes:
         summary: The columns of a list.
         document: The envelope of its last failure.
-        attempts: Its failures, oldest first, as the public JSON has them.
+        attempts: Its failures, oldest first, as the public JSON has them; before the
+            last one those that a retry rule had tried again, as far as its message
+            remembers them.
         replayed_as: The task id of its last replay, where that had to be new.
     """
 
@@ -133,3 +137,26 @@ class FailedTask:
             "sentry_event_id": document["sentry_event_id"],
             "idempotency_key": document["idempotency_key"],
         }
+
+
+def tried_again(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    The attempts before the last failure that a retry rule had tried again.
+
+    Args:
+        document: The envelope of that failure.
+    """
+    retry = unpack(document["original"]).marks.get(RETRY, {"failures": ()})
+    return [
+        {
+            "at": iso(at),
+            "worker": "",
+            "pid": None,
+            "reason": Reason.EXCEPTION,
+            "exception": exception,
+            "message": "",
+            "runtime_s": None,
+            "retried_in_s": round(delay_s, 3),
+        }
+        for _, at, exception, delay_s in retry["failures"]
+    ]

@@ -7,10 +7,17 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from celery_resilience.failed.envelope import dumps, loads, unpack
+from celery_resilience.failed.envelope import dumps, loads
 from celery_resilience.failed.merge import Record
-from celery_resilience.failed.record import FailedTask, Phase, State, Summary
+from celery_resilience.failed.record import (
+    FailedTask,
+    Phase,
+    State,
+    Summary,
+    tried_again,
+)
 from celery_resilience.failed.store import Claim, Kept
+from celery_resilience.packing import unpack
 from celery_resilience.redaction import cut, storable
 
 #: Characters of a message that a list and its filter see; the document has all.
@@ -147,13 +154,16 @@ def summary_of(row: Any) -> Summary:
 
 def task_of(row: Any) -> FailedTask:
     """A failed task from its row; what is ours of its attempts is left out."""
+    document = unpacked(row.document)
+    attempts = [
+        {k: v for k, v in attempt.items() if not k.startswith("_")}
+        for attempt in json.loads(row.attempts)
+    ]
+    attempts[-1:-1] = tried_again(document)
     return FailedTask(
         summary=summary_of(row),
-        document=unpacked(row.document),
-        attempts=[
-            {k: v for k, v in attempt.items() if not k.startswith("_")}
-            for attempt in json.loads(row.attempts)
-        ],
+        document=document,
+        attempts=attempts,
         replayed_as=row.replayed_as,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
+import retry_tasks
 import stream_tasks
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
@@ -93,6 +95,7 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         session_tasks.register(app, base, note, database, prefix)
     if not is_plain:
         circuit_tasks.register(app, base, note)
+        retry_tasks.register(app, base, note)
     return app
 
 
@@ -541,6 +544,24 @@ def _register(app: Celery, base: Any) -> None:
         from effects import have_effect
 
         return have_effect(url, number, is_keyed=is_keyed)
+
+    @task(name="expected", throws=(LookupError,))
+    def expected(self: Any) -> None:
+        started(self)
+        raise LookupError("as it may be")
+
+    @task(name="telltale", acks_late=True, redact=["pin_of_customer"], max_retries=1)
+    def telltale(
+        self: Any, how: str, password: str, customer: Any, pin_of_customer: str
+    ) -> None:
+        started(self)
+        secrets = f"{password} {customer['card_number']} {pin_of_customer}"
+        logging.getLogger("shop").error("about to fail with %s", secrets)
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "retry" and not self.request.retries:
+            raise self.retry(exc=ValueError(secrets), countdown=0)
+        raise ValueError(secrets)
 
     @task(name="hidden", redact=["iban_of_customer"])
     def hidden(self: Any, iban_of_customer: str, note: str = "") -> None:

@@ -20,6 +20,9 @@ for name, value in conf.get("fleet_constants", {}).items():
     assert hasattr(importlib.import_module(module), constant), name
     setattr(importlib.import_module(module), constant, value)
 
+if "fleet_sentry" in conf or "fleet_spans" in conf:
+    importlib.import_module("traced").set_up(conf)
+
 app = make_app(conf, is_plain=os.environ.get("FLEET_PLAIN") == "1")
 
 #: A module of the test's that changes the app, to break it at one point.

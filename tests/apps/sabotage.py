@@ -75,6 +75,8 @@ def _trap_acks_of_failures() -> None:
             die_once("before-ack-of-failure")
         if not self._is_held and self.settled_as is Outcome.SUCCEEDED:
             die_once("before-ack-of-success")
+        if not self._is_held and self.settled_as is Outcome.RETRIED:
+            die_once("before-ack-of-retry")
         acknowledge(self)
 
     ResilientRequest.acknowledge = dying  # type: ignore[method-assign]

@@ -18,7 +18,6 @@ from unit.specimens import fresh_name, replay_mark
 from celery_resilience import ConfigurationError, ResilientTask, Skip, soft_limit
 from celery_resilience.message import HEADER
 from celery_resilience.soft_limit import soft_limit_deferred
-from celery_resilience.task_options import NOT_IN_THIS_RELEASE
 
 
 @pytest.fixture
@@ -97,13 +96,6 @@ def test_all_mistakes_of_a_task_are_told_at_once(app: Celery) -> None:
         registered(app, max_crashes=0, redact="x", if_running="k")
 
     assert len(str(refused.value).split("; ")) == 3
-
-
-@pytest.mark.parametrize("option", NOT_IN_THIS_RELEASE)
-def test_a_later_option_is_refused(app: Celery, option: str) -> None:
-    """Silently ignoring a key would double an effect."""
-    with pytest.raises(ConfigurationError, match=f"{option} is not in this release"):
-        registered(app, **{option: "x"})
 
 
 def test_parameters_are_known_by_name(app: Celery) -> None:

@@ -120,6 +120,12 @@ def detail(found: FailedTask, *, verbose: bool) -> None:
             _print(f"  {name:<12}{value}")
     if verbose:
         for number, attempt in enumerate(found.attempts, 1):
+            if "retried_in_s" in attempt:
+                _print(
+                    f"  failure {number}: {attempt['at']} {attempt['exception']}, "
+                    f"tried again {attempt['retried_in_s']:g} s later"
+                )
+                continue
             _print(
                 f"  failure {number}: {attempt['at']} {attempt['reason']} "
                 f"{attempt['exception']}: {attempt['message']} "

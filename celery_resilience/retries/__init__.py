@@ -1,0 +1,1 @@
+"""What is tried again, when, how often, and until when."""
