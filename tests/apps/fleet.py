@@ -59,7 +59,9 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
             queues by their names, each bound to a topic exchange of its name; and
             `fleet_broadcast`, what every worker listens to besides; and
-            `fleet_database`, see `session_tasks`; and `fleet_log`, see `log_tasks`.
+            `fleet_database`, see `session_tasks`; and `fleet_log`, see `log_tasks`; and
+            `fleet_databases`, several of them by the prefixes of their tasks; and
+            `fleet_constants`, see `fleet_worker`.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
@@ -93,6 +95,10 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         import log_tasks
 
         log_tasks.register(app, base, conf["fleet_log"])
+    for prefix, database in conf.get("fleet_databases", {}).items():
+        import session_tasks
+
+        session_tasks.register(app, base, note, database, prefix)
     if not is_plain:
         circuit_tasks.register(app, base, note)
         batch_tasks.register(app, base, note)
