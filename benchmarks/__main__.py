@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import batches, in_process, keys, life, start_up, store, throughput
+from benchmarks import (
+    batches,
+    in_process,
+    keys,
+    life,
+    start_up,
+    store,
+    throughput,
+    watched,
+)
 from benchmarks.figures import Figure
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -26,6 +35,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "life": life.measure,
     "keys": keys.measure,
     "key_stores": keys.measure_stores,
+    "watched": watched.measure,
 }
 
 

@@ -200,9 +200,25 @@ def cut_off_from_outside(request: Any) -> None:
 # --- its log ---------------------------------------------------------------------------
 
 
-#: The task that runs in this thread, the innermost one; None where none does
-#: (``_state.py:136``, Celery 5.7).
-running_task: Callable[[], Any] = _state.get_current_task
+def running() -> tuple[Any, Any] | None:
+    """
+    The task that runs in this thread, and its request; None where none does.
+
+    The innermost one that was sent or applied: what is called as a function is a part of
+    its caller (``_state.py:136``, ``app/task.py:545``, Celery 5.7).
+    """
+    task: Any = _state.get_current_task()
+    if task is None:
+        return None
+    request: Any = task.request_stack.top
+    if request is not None and request.id is not None:
+        return task, request
+    for task in reversed(_state._task_stack.stack):
+        for request in reversed(task.request_stack.stack):
+            if request.id is not None:
+                return task, request
+    return None
+
 
 #: How a line begins that tells of a retry, and one of a task that was ignored; each has
 #: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
