@@ -742,9 +742,11 @@ def run_on_loop(task: type[ResilientTask]) -> None:
 
 def _with_time(headers: Any) -> dict[str, Any]:
     """Headers with our mark of the present moment, from which a task's wait counts."""
-    headers = headers or {}
+    sent_at = round(time.time(), 3)
+    if not headers:
+        return {HEADER: {SENT_AT: sent_at}}
     marks = marks_of(headers) if HEADER in headers else {}
-    return {**headers, HEADER: {**marks, SENT_AT: round(time.time(), 3)}}
+    return {**headers, HEADER: {**marks, SENT_AT: sent_at}}
 
 
 def inherited_marks(
