@@ -97,4 +97,4 @@ def test_rules(fleet: Fleet) -> None:
     first, second = (line[3] for line in fleet.notes() if line[1] == sent["by name"].id)
     assert second - first >= 0.3
     text = fleet.workers[0].text
-    assert f"[{sent['by cause'].id}] retry: Retry in 0.1s: RuntimeError" in text
+    assert f"[{sent['by cause'].id}] in 0.1 s: RuntimeError: " in text
