@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from celery import Task
 from celery.app.task import Context
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from celery_resilience import _celery
 from celery_resilience.body import HEARS_OF_CIRCUITS, RUNNING
@@ -26,6 +26,7 @@ from celery_resilience.errors import (
     MissingExtra,
     Replaced,
     ResilienceError,
+    RetryByRule,
     RetryNotPublished,
     RunInterrupted,
     Skip,
@@ -418,7 +419,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             if rooms.give_way is not None:
                 rooms.give_way()
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
-            self._after_body(rooms, request, exc)
+            try:
+                self._after_body(rooms, request, exc)
+            except SoftTimeLimitExceeded as late:
+                # It has passed while the retry was sent, which runs in any case.
+                if isinstance(late.__context__, RetryByRule):
+                    raise late.__context__ from None
+                raise
             raise
         finally:
             RUNNING.reset(running)

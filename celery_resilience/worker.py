@@ -76,6 +76,7 @@ from celery_resilience.telemetry.log import FailureLog
 from celery_resilience.telemetry.log_setup import LogSetup
 from celery_resilience.telemetry.log_worker import WorkerLog
 from celery_resilience.telemetry.tracing import Commands, attach_tracing
+from celery_resilience.threads import start_at_once
 from celery_resilience.worker_start import WorkerStart
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
@@ -156,12 +157,7 @@ class WorkerSetup:
         )
 
     def _make_metrics(self) -> WorkerMetrics:
-        """
-        What this worker counts, and shows.
-
-        Raises:
-            ConfigurationError: A library is missing.
-        """
+        """What this worker counts, and shows."""
         installation = self.installation
         has_store = installation.store_choice.url is not None
         return WorkerMetrics(
@@ -324,6 +320,7 @@ class WorkerSetup:
                 log.started(warnings.sentences())
                 if tracing.words:
                     logger.info("failures are told to %s too", tracing.words)
+                tracing.ready()
                 warnings.look_at_key_store()
                 metrics.ready()
                 if has_circuits(installation):
@@ -333,12 +330,13 @@ class WorkerSetup:
             if sender == hostname:
                 life.begin(sig)
                 # What this stop cuts off is no crash; the store may be slow.
-                threading.Thread(target=self.starts.forget_worker, daemon=True).start()
+                start_at_once(self.starts.forget_worker)
 
         def on_shutdown(sender: Any = None, **_: Any) -> None:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
+                tracing.ended()
                 metrics.ended()
                 life.ended()
 
