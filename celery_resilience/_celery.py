@@ -376,10 +376,11 @@ def message_of(signature: Any, task_id: str) -> OriginalMessage:
             f"enrich.s(7), got {signature!r}"
         )
     recorder = _Recorder()
+    producer: Any = recorder
     if not signature.app.conf.task_always_eager:
         # No backend prepares for a result that nobody waits for.
         with denied_join_result():
-            signature.apply_async(task_id=task_id, producer=recorder)
+            signature.apply_async(task_id=task_id, producer=producer)
     if recorder.published is None:
         raise ConfigurationError(
             f"the task {signature.task} was not sent as a message: is it eager, or its "
