@@ -340,6 +340,8 @@ class Lifecycle:
     def exit_now(self, code: int) -> None:
         """End this process, unless it is somebody else's."""
         if self._is_program:
+            # What ends in the usual way flushes at its exit.
+            emit("lifecycle.exiting", code=code)
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)
