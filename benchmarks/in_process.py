@@ -13,8 +13,9 @@ import dataclasses
 import gc
 import itertools
 import json
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,10 @@ from celery_resilience import Resilience, ResilientTask
 from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.redis_store import VERSION, RedisKeyStore
 from celery_resilience.install import installation_of
+from celery_resilience.memory.task import MemoryAround
 from celery_resilience.message import HEADER, KEY
 from celery_resilience.sessions.task import Sessions
+from celery_resilience.soft_limit import let_handlers_wait
 from celery_resilience.stores.redis import RedisServer
 from celery_resilience.worker import WorkerSetup
 
@@ -241,6 +244,7 @@ def measure() -> Iterator[Figure]:
         accept=None,
     )
     installation.child = dataclasses.replace(installation.child, keys=guard)
+    _enter_child(installation.child.around)
     trace.setup_worker_optimizations(app, "bench")
     try:
         yield from _main_process(app, tasks)
@@ -248,6 +252,15 @@ def measure() -> Iterator[Figure]:
         yield from _sessions(tasks[1])
     finally:
         trace.reset_worker_optimizations(app)
+
+
+def _enter_child(around: Iterable[Any]) -> None:
+    """Be as a child of a prefork pool: it looks at its memory, and hears soft limits."""
+    for room in around:
+        if isinstance(room, MemoryAround):
+            room.enter_child(0)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    let_handlers_wait()
 
 
 def _sender(tasks: list[Any]) -> Iterator[Figure]:
@@ -348,7 +361,7 @@ def _sessions(task: Any) -> Iterator[Figure]:
             room.before(task, request)
             body()
             room.after(task, request, None)
-            room.after_result(task)
+            room.after_result(task, request.id)
         return time.thread_time() - start
 
     nothing = _best(partial(without, int))

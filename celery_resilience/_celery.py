@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import wraps
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import billiard
@@ -17,8 +19,11 @@ import billiard.common
 from billiard import pool as billiard_pools
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import _state, signals, states
+from celery.app import log as app_log
+from celery.app import trace
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
+from celery.canvas import Signature
 from celery.concurrency import asynpool
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
@@ -26,12 +31,12 @@ from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.fixups.django import DjangoFixup, DjangoWorkerFixup
 from celery.platforms import EX_FAILURE, EX_OK
+from celery.result import denied_join_result
 from celery.utils import log as celery_log
 from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import request as requests
 from celery.worker import state
-from celery.worker.consumer import consumer as consumers
 from kombu.utils.encoding import safe_repr
 
 from celery_resilience._kombu import kombu_is_as_read
@@ -41,7 +46,9 @@ from celery_resilience._pools import (
     has_parameters,
     is_event_loop_prefork,
 )
-from celery_resilience.errors import HeldFromAutoretry
+from celery_resilience.errors import ConfigurationError, HeldFromAutoretry
+from celery_resilience.message import OriginalMessage
+from celery_resilience.serialization import serialized
 
 # --- what a run ended with -----------------------------------------------------
 
@@ -190,6 +197,58 @@ def cut_off_from_outside(request: Any) -> None:
     request._announce_cancelled(emit_retry=not request.task.acks_late)
 
 
+# --- its log ---------------------------------------------------------------------------
+
+
+def running() -> tuple[Any, Any] | None:
+    """
+    The task that runs in this thread, and its request; None where none does.
+
+    The innermost one that was sent or applied: what is called as a function is a part of
+    its caller (``_state.py:136``, ``app/task.py:545``, Celery 5.7).
+    """
+    task: Any = _state.get_current_task()
+    if task is None:
+        return None
+    request: Any = task.request_stack.top
+    if request is not None and request.id is not None:
+        return task, request
+    for task in reversed(_state._task_stack.stack):
+        for request in reversed(task.request_stack.stack):
+            if request.id is not None:
+                return task, request
+    return None
+
+
+#: How a line begins that tells of a retry, and one of a task that was ignored; each has
+#: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
+LOG_RETRY, LOG_IGNORED = trace.LOG_RETRY, trace.LOG_IGNORED
+
+
+@cache
+def quoting_lines() -> Mapping[str, int]:
+    """
+    Lines that quote a message, and how many of their first arguments do not.
+
+    As `_consumer_class`, in a worker only (``worker/consumer/consumer.py:748``,
+    ``concurrency/base.py:149``, Celery 5.7).
+    """
+    from celery.worker.consumer import consumer
+
+    return {
+        consumer.UNKNOWN_FORMAT: 0,
+        consumer.UNKNOWN_TASK_ERROR: 1,
+        consumer.INVALID_TASK_ERROR: 1,
+        consumer.MESSAGE_DECODE_ERROR: 3,
+        "TaskPool: Apply %s (args:%s kwargs:%s)": 1,
+    }
+
+
+def is_own_formatter(formatter: Any) -> bool:
+    """Whether a handler writes as Celery does where nobody has said how."""
+    return type(formatter) in (celery_log.ColorFormatter, app_log.TaskFormatter)
+
+
 # --- around a task body ------------------------------------------------------------
 
 
@@ -285,6 +344,72 @@ def sent_arguments(
         return args, kwargs
     dumped: tuple[Any, Any] = dump(args, kwargs)
     return dumped
+
+
+class _Recorder:
+    """In the place of a producer: notes the first message that is published by it."""
+
+    def __init__(self) -> None:
+        self.published: tuple[Any, dict[str, Any]] | None = None
+        self.connection = SimpleNamespace(_reraise_as_library_errors=nullcontext)
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Note it; what follows is the event that it was sent."""
+        if self.published is None:
+            self.published = (body, options)
+
+
+def message_of(signature: Any, task_id: str) -> OriginalMessage:
+    """
+    The message that a signature would be sent as; it is not sent.
+
+    What `amqp.send_task_message` hands to its producer (``app/amqp.py:610``,
+    Celery 5.7).
+
+    Raises:
+        ConfigurationError: It is no signature of one task; or `apply_async` did not come
+            to send one.
+    """
+    if not isinstance(signature, Signature) or signature.task.startswith("celery."):
+        raise ConfigurationError(
+            "what keeps a failed item must be the signature of one task, such as "
+            f"enrich.s(7), got {signature!r}"
+        )
+    recorder = _Recorder()
+    if not signature.app.conf.task_always_eager:
+        # No backend prepares for a result that nobody waits for.
+        with denied_join_result():
+            signature.apply_async(task_id=task_id, producer=recorder)
+    if recorder.published is None:
+        raise ConfigurationError(
+            f"the task {signature.task} was not sent as a message: is it eager, or its "
+            "apply_async another?"
+        )
+    body, options = recorder.published
+    content_type, encoding, data = serialized(body, options.pop("serializer"))
+    declared = options.pop("declare", None) or ()
+    queue = next((q.name for q in declared), options["routing_key"])
+    headers = options.pop("headers")
+    exchange = options.pop("exchange") or ""
+    routing_key = options.pop("routing_key")
+    return OriginalMessage(
+        body=data,
+        headers=headers,
+        properties={
+            name: value
+            for name, value in options.items()
+            if value is not None and name in _MESSAGE_PROPERTIES
+        },
+        content_type=content_type,
+        content_encoding=encoding,
+        exchange=getattr(exchange, "name", exchange),
+        routing_key=routing_key or "",
+        queue=queue,
+    )
+
+
+#: Of the options of a publish, those that arrive with the message.
+_MESSAGE_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
 
 def stores_result(task: Any, request: Any) -> bool:
@@ -493,6 +618,18 @@ def _request_class_is_subclassed() -> bool:
     )
 
 
+def _consumer_class() -> Any:
+    """
+    Celery's; imported in a worker only.
+
+    Its module takes `build_tracer` as it is then, and who replaces that (sentry-sdk, in
+    `init`) may do so after celery-resilience was imported.
+    """
+    from celery.worker.consumer.consumer import Consumer
+
+    return Consumer
+
+
 class _ProbeApp:
     use_fast_trace_task = False
 
@@ -514,16 +651,16 @@ CAPTURE_DOORS: Mapping[str, Callable[[], bool]] = {
     "create_request_cls() subclasses the task's Request": _request_class_is_subclassed,
     "Task.Request": lambda: isinstance(Task.Request, str),
     "Consumer.create_task_handler()": lambda: callable(
-        consumers.Consumer.create_task_handler
+        _consumer_class().create_task_handler
     ),
     "Consumer.on_unknown_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_unknown_task, "body", "message", "exc"
+        _consumer_class().on_unknown_task, "body", "message", "exc"
     ),
     "Consumer.on_invalid_task(body, message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_invalid_task, "body", "message", "exc"
+        _consumer_class().on_invalid_task, "body", "message", "exc"
     ),
     "Consumer.on_decode_error(message, exc)": lambda: has_parameters(
-        consumers.Consumer.on_decode_error, "message", "exc"
+        _consumer_class().on_decode_error, "message", "exc"
     ),
 }
 
@@ -542,7 +679,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         requests.Request._announce_cancelled
     ),
     "Consumer.on_connection_error_after_connected(exc)": lambda: has_parameters(
-        consumers.Consumer.on_connection_error_after_connected, "exc"
+        _consumer_class().on_connection_error_after_connected, "exc"
     ),
     "AsynPool.on_job_process_down(job, pid_gone)": lambda: (
         has_parameters(AsynPool.on_job_process_down, "job", "pid_gone")
@@ -562,7 +699,7 @@ OTHER_DOORS: Mapping[str, Callable[[], bool]] = {
         )
     ),
     "Consumer.cancel_active_requests()": lambda: callable(
-        consumers.Consumer.cancel_active_requests
+        _consumer_class().cancel_active_requests
     ),
     "billiard Worker.wait_for_job and on_ready_counter": child_is_as_read,
     "AsynPool.maintain_pool() and Process._sentinel_poll": exits_are_as_read,

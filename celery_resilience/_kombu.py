@@ -59,6 +59,22 @@ def queue_of(consumer: Any, message: Any) -> str:
     return routing_key
 
 
+def is_forgotten(message: Any) -> bool:
+    """
+    Whether the broker forgot *message* with its delivery, to a consumer with `no_ack`.
+
+    AMQP's channel knows these consumers. A virtual transport's holds what is still to
+    be acknowledged (kombu 5.7, ``transport/virtual/base.py:646``), and gives back
+    nothing else: on Redis it would say nothing of that.
+    """
+    channel = message.channel
+    if isinstance(channel, virtual.Channel):
+        held: Any = channel.qos._delivered
+        return message.delivery_tag not in held
+    tags = getattr(channel, "no_ack_consumers", None) or ()
+    return (message.delivery_info or {}).get("consumer_tag") in tags
+
+
 def is_missing(channel: Any, queue: str) -> bool:
     """
     Whether looking into *queue* would make it.
@@ -88,15 +104,26 @@ def messages_in(connection: Any, queues: Iterable[str]) -> int:
     A passive declaration tells, of AMQP's as of a virtual transport. One of Redis
     without a message is not there (kombu 5.7, ``transport/redis.py:1864``).
     """
-    total = 0
-    for queue in queues:
+    return sum(messages_in_each(connection, queues).values())
+
+
+def messages_in_each(connection: Any, queues: Iterable[str]) -> dict[str, int]:
+    """The same for each queue; 0 for one that is not there."""
+    found = dict.fromkeys(queues, 0)
+    for queue in found:
         with connection.channel() as channel:
+            if type(channel).__module__ in REDIS_MODULES:
+                # It looks for a queue without the `global_keyprefix`
+                # (``transport/redis.py:1864``, kombu 5.7), and counts with it.
+                found[queue] = int(channel._size(queue))
+                continue
             try:
-                total += channel.queue_declare(queue, passive=True).message_count
+                count = channel.queue_declare(queue, passive=True).message_count
+                found[queue] = int(count)
             except connection.channel_errors as exc:
                 if str(getattr(exc, "reply_code", "")) != "404":
                     raise
-    return total
+    return found
 
 
 def queue_arguments(app: Any, connection: Any) -> dict[str, Any] | None:

@@ -113,7 +113,7 @@ def on_child_loop(call: Callable[[], None]) -> None:
     billiard 4.3 sets them after Celery's `worker_process_init` (``pool.py:489``), and
     then says that the child is up (``pool.py:279``).
     """
-    worker = billiard.current_process()._target
+    worker = getattr(billiard.current_process(), "_target", None)
     if not isinstance(worker, billiard_pools.Worker):
         return
     started = worker.on_loop_start
@@ -338,6 +338,33 @@ def end_child(pool: Any, pid: int) -> None:
     Kill a child; the pool takes its job for terminated (``pool.py:1642``, billiard 4.3).
     """
     pool.terminate_job(pid, signal.SIGKILL)
+
+
+def hear_exits(pool: Any, tell: Callable[[int, int, bool, bool], None]) -> None:
+    """
+    Tell of each child that has ended: pid, exit code, is it recycled, is it meant.
+
+    The pool takes it from its list once it has waited for it (``pool.py:1275``,
+    billiard 4.3); what it calls then, an event loop replaces.
+    """
+    billiard_pool = getattr(pool, "_pool", None)
+    if not isinstance(billiard_pool, BilliardPool):
+        return
+    join_exited = billiard_pool._join_exited_workers
+
+    def join_and_tell(*args: Any, **kwargs: Any) -> Any:
+        before = list(billiard_pool._pool)
+        try:
+            return join_exited(*args, **kwargs)
+        finally:
+            after = set(map(id, billiard_pool._pool))
+            for process in before:
+                if id(process) not in after and process.exitcode is not None:
+                    code = process.exitcode
+                    is_meant = getattr(process, "_controlled_termination", False)
+                    tell(process.pid, code, code == EX_RECYCLE, is_meant)
+
+    billiard_pool._join_exited_workers = join_and_tell
 
 
 def unblocked_timer(consumer: Any) -> Any:

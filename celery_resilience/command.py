@@ -15,6 +15,7 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
+from celery_resilience.click_types import SECONDS, FiniteRange
 from celery_resilience.flags import command_is_imported
 
 command_is_imported()
@@ -280,7 +281,7 @@ def _address(context: click.Context, param: click.Parameter, value: Any) -> Any:
         raise click.BadParameter(str(exc), context, param) from exc
 
 
-_mib = click.FloatRange(min=1)
+_mib = FiniteRange(min=1)
 
 
 @resilience.command(cls=CeleryCommand)
@@ -295,7 +296,7 @@ _mib = click.FloatRange(min=1)
 @click.option("-Q", "--queues", metavar="Q1,Q2", help="Else the app's own.")
 @click.option(
     "--drain-timeout-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     metavar="S",
     help="Else resilience_drain_timeout_s, or the longest hard time limit.",
 )
@@ -353,6 +354,14 @@ def units(context: click.Context, /, kind: str, **words: Any) -> None:
     named = context.find_root().params.get("app")
     app_name = named if isinstance(named, str) else ""
     context.exit(module.run(app, settings, app_name, kind, words))
+
+
+@resilience.command(cls=CeleryCommand)
+@click.argument("kind", type=click.Choice(["grafana", "alerts"]))
+def dashboards(kind: str) -> None:
+    """Print the dashboard for Grafana, or the alert rules for Prometheus."""
+    module = import_module("celery_resilience.telemetry.dashboards")
+    click.echo(module.PRINTED[kind](), nl=False)
 
 
 @resilience.group(name="keys", invoke_without_command=True)
@@ -440,7 +449,7 @@ def _run_circuits(context: click.Context, verb: str, words: dict[str, Any]) -> N
 
 _for_s = click.option(
     "--for-s",
-    type=click.FloatRange(min=0, min_open=True, max=604_800),
+    type=FiniteRange(min=0, min_open=True, max=604_800),
     default=3_600,
     show_default=True,
     metavar="SECONDS",

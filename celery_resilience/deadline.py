@@ -36,5 +36,5 @@ def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
 
     start_deaf(run, "answer")
     if wait([answer], seconds).not_done:
-        raise StoreUnavailable(f"the store did not answer within {seconds:.0f} s")
+        raise StoreUnavailable(f"the store did not answer within {seconds:g} s")
     return answer.result()

@@ -55,6 +55,13 @@ def share() -> SharedFlags:
     return _flags
 
 
+def unshare(flags: SharedFlags) -> None:
+    """The worker of these has ended, and its process goes on without one."""
+    global _flags
+    if _flags is flags:
+        _flags = None
+
+
 def shared() -> SharedFlags | None:
     """The flags of the worker; None outside of one, and in a spawned child."""
     return _flags

@@ -330,6 +330,38 @@ NAMED_ONLY: tuple[type[Exception], ...] = (
 )
 
 
+#: By which a task is asked to end.
+SOFT_LIMITS: tuple[type[Exception], ...] = (SoftTimeLimitExceeded,)
+
+
+class TooManyErrors(ResilienceError):
+    """More items of a batch went wrong than it may have.
+
+    Attributes:
+        report: What became of the items, see `BatchReport`.
+    """
+
+    def __init__(
+        self, message: str | None = None, report: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.report = dict(report or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.report)
+
+    @classmethod
+    def of(cls, verdict: str, report: Mapping[str, Any]) -> TooManyErrors:
+        """Say how many, and what most of them were."""
+        kinds = sorted(report["errors"].items(), key=lambda kind: -kind[1])
+        most = ", ".join(f"{kind} ({count})" for kind, count in kinds[:3])
+        return cls(
+            f"batch {report['name']}: {verdict}: {report['skipped']} skipped and "
+            f"{report['failed']} failed, {report['ok']} ok; {most}",
+            report,
+        )
+
+
 class NoKey(ResilienceError, TypeError):
     """No idempotency key can be made of these arguments."""
 

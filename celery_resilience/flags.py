@@ -20,6 +20,7 @@ NAMES = (
     "memory_limit_mib",
     "drain_timeout_s",
     "health_port",
+    "metrics_port",
     "stop_after_s",
     "stop_after_tasks",
     "stop_when_empty",
@@ -51,6 +52,8 @@ def command_is_imported() -> None:
 def _options() -> Iterator[Any]:
     import click
     from celery.bin.base import CeleryOption
+
+    from celery_resilience.click_types import SECONDS
 
     def memory(context: Any, param: Any, value: str | None) -> float | str | None:
         if value is None:
@@ -99,7 +102,7 @@ def _options() -> Iterator[Any]:
     )
     yield CeleryOption(
         ("--drain-timeout-s",),
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=None,
         help_group=HELP_GROUP,
         help="Seconds from the first signal until what still runs is cut off: put back, "
@@ -116,8 +119,17 @@ def _options() -> Iterator[Any]:
         "is given. Unlike `inspect ping`, /live does not need the broker.",
     )
     yield CeleryOption(
+        ("--metrics-port",),
+        type=_address_type(),
+        metavar="[HOST:]PORT",
+        default=None,
+        help_group=HELP_GROUP,
+        help="Show metrics to Prometheus at /metrics there, for all children; it may be "
+        "the health port. Celery has no such option.",
+    )
+    yield CeleryOption(
         ("--stop-after-s",),
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=None,
         help_group=HELP_GROUP,
         help="Drain and exit 0 after so many seconds, for a supervisor to start again. "

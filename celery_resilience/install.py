@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from celery import Celery, current_app, current_task, signals
 
-from celery_resilience import _celery, flags
+from celery_resilience import _celery, flags, soft_limit
 from celery_resilience.draining import is_draining, shared
 from celery_resilience.errors import (
     CircuitIsOpen,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from celery_resilience.crashes.task import StartGuard
     from celery_resilience.delivery.facts import TellsFacts
     from celery_resilience.explain import TaskExplained
+    from celery_resilience.failed.items import ItemKeeper
     from celery_resilience.failed.task import ReplayFence
     from celery_resilience.idempotency.guard import KeyGuard
     from celery_resilience.idempotency.registered import TaskKeys
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from celery_resilience.retries.budgets import Budgets
     from celery_resilience.retries.task import TaskRules
     from celery_resilience.sessions.resources import Resource
+    from celery_resilience.telemetry.business import RunCounts
 
 Thing = TypeVar("Thing")
 
@@ -207,6 +210,7 @@ class Installation:
         child: What surrounds a body; None outside a worker, or when it is off.
         lifecycle: Of the worker in this process, or of the one that has forked it.
         flags: The worker's flags that were given.
+        has_metrics: Somebody reads what this worker counts.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -214,6 +218,7 @@ class Installation:
         self.child: ChildRooms | None = None
         self.lifecycle: Lifecycle | None = None
         self.flags: dict[str, Any] = {}
+        self.has_metrics = False
         self._stores: dict[str, Any] = {}
 
     @cached_property
@@ -249,12 +254,66 @@ class Installation:
 
         return guarded
 
+    def publish_failed(self, task: ResilientTask) -> None:
+        """A call of *task* could not be sent: end what tracing has begun for it."""
+        if "opentelemetry.trace" in sys.modules:
+            from celery_resilience.telemetry.opentelemetry import publish_failed
+
+            publish_failed(task)
+
     @cached_property
     def streams(self) -> Streams:
         """Streams of the tasks that run in this process."""
         from celery_resilience.batches.task import Streams
 
-        return Streams(self.checkpoint_store, is_stopping=is_draining)
+        return Streams(
+            self.checkpoint_store,
+            is_stopping=is_draining,
+            task_of=self.app.tasks.__getitem__,
+            keep=self.keep_item,
+        )
+
+    def keep_item(
+        self, signature: Any, exc: BaseException, *, task_id: str, request: Any
+    ) -> Callable[[], object]:
+        """Make a failed task of an item of a batch; what this returns stores it."""
+        return self.item_keeper.keep(
+            signature,
+            _celery.message_of(signature, task_id),
+            exc,
+            task_id=task_id,
+            request=request,
+        )
+
+    @cached_property
+    def item_keeper(self) -> ItemKeeper:
+        """Keeps failed items; it has a connection of this process's own."""
+        from celery_resilience.failed.capture import Capture
+        from celery_resilience.failed.items import ItemKeeper
+        from celery_resilience.publisher import Publisher
+
+        settings = self.settings
+        capture = Capture(
+            namespace=settings.namespace,
+            default_queue=settings.failed_queue,
+            routes=settings.failed_routes,
+            own_queue=lambda name: getattr(
+                self.app.tasks.get(name), "failed_queue", None
+            ),
+            clock=time.time,
+            release=settings.release,
+        )
+        return ItemKeeper(capture, Publisher(self.app).publish)
+
+    def new_counts(self) -> RunCounts:
+        """For what one run counts itself."""
+        from celery_resilience.telemetry.business import RunCounts
+
+        return RunCounts(self._hides_label)
+
+    def _hides_label(self, name: str) -> bool:
+        hidden = frozenset(map(str.lower, self.settings.redact))
+        return is_hidden(name, hidden)
 
     @cached_property
     def key_sender(self) -> KeySender:
@@ -539,6 +598,10 @@ class Installation:
         """The store of retry budgets, or None when the app has none."""
         return self._store("budgets")
 
+    def shelf_store(self) -> Any:
+        """The store of snoozed messages that wait, or None when the app has none."""
+        return self._store("shelf")
+
     def _store(self, room: str) -> Any:
         if self.store_choice.url is None:
             return None
@@ -555,6 +618,7 @@ class Installation:
             from celery_resilience.failed.redis_store import RedisFailedTaskStore
             from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
             from celery_resilience.retries.redis_store import RedisBudgetStore
+            from celery_resilience.shelf.redis_store import RedisShelfStore
             from celery_resilience.stores.redis import RedisServer
 
             tls = self.store_choice.tls
@@ -568,6 +632,7 @@ class Installation:
                 "starts": RedisStartStore(server, keep_s=settings.crash_window_s),
                 "keys": RedisKeyStore(quick),
                 "checkpoints": RedisCheckpointStore(server),
+                "shelf": RedisShelfStore(quick),
                 "backend": server,
             }
         from celery_resilience.batches.sql_store import SqlCheckpointStore
@@ -576,6 +641,7 @@ class Installation:
         from celery_resilience.failed.sql_store import SqlFailedTaskStore
         from celery_resilience.idempotency.sql_store import SqlKeyStore
         from celery_resilience.retries.sql_store import SqlBudgetStore
+        from celery_resilience.shelf.sql_store import SqlShelfStore
         from celery_resilience.stores.sql import SqlDatabase
 
         database = SqlDatabase(url, create_schema=settings.create_schema)
@@ -586,6 +652,7 @@ class Installation:
             "starts": SqlStartStore(database, settings.namespace),
             "keys": SqlKeyStore(database, settings.namespace),
             "checkpoints": SqlCheckpointStore(database, settings.namespace),
+            "shelf": SqlShelfStore(database, settings.namespace),
             "backend": database,
         }
 
@@ -606,6 +673,7 @@ class Installation:
         from celery_resilience.failed import sql_table as failed
         from celery_resilience.idempotency import sql_table as keys
         from celery_resilience.retries import sql_store as retries
+        from celery_resilience.shelf import sql_store as shelf
         from celery_resilience.stores.sql import SqlDatabase
 
         return SqlDatabase(self.store_choice.url).ddl(
@@ -616,6 +684,7 @@ class Installation:
                 "crashes": (crashes.VERSION, crashes.TABLES),
                 keys.ROOM: (keys.VERSION, keys.TABLES),
                 retries.ROOM: (retries.VERSION, retries.TABLES),
+                shelf.ROOM: (shelf.VERSION, shelf.TABLES),
             }
         )
 
@@ -665,6 +734,10 @@ def install(app: Celery) -> Installation:
             from celery_resilience.worker import prepare_spawned_child
 
             prepare_spawned_child(installation, json.loads(told))
+        if installation.child is not None:
+            from celery_resilience._pools import on_child_loop
+
+            on_child_loop(soft_limit.let_handlers_wait)
 
     uid = f"celery_resilience-{id(app)}"
     signals.celeryd_init.connect(on_celeryd_init, weak=False, dispatch_uid=uid)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from celery_resilience.finite import is_finite
+
 #: What is accepted as an amount of memory.
 MEMORY_AMOUNT = 'a number of MiB from 1, a share such as "25%"'
 
@@ -14,4 +16,4 @@ def is_memory_amount(value: Any) -> bool:
     if isinstance(value, str):
         share = re.fullmatch(r"(\d+(?:\.\d+)?)%", value)
         return share is not None and 0 < float(share[1]) <= 100
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+    return is_finite(value) and bool(value >= 1)

@@ -15,6 +15,8 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from celery_resilience.trace_ids import is_traceparent, traceparent_of, without_trace
+
 #: The one header of ours. Celery copies unknown headers to retries, so
 #: everything that we write on a message is below it.
 HEADER = "resilience"
@@ -27,8 +29,11 @@ KEY = "key"
 RETRY = "retry"
 RETRY_WAIT = "retry_wait"
 
+#: The mark by which a message tells when it was sent, in wall seconds: no past either.
+SENT_AT = "sent_at"
+
 #: The marks that say nothing of a past.
-_OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT})
+_OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT, SENT_AT})
 
 #: Characters of a key's name, and of the name of a process.
 MAX_KEY = 255
@@ -116,6 +121,14 @@ class OriginalMessage:
             },
             redelivered=False,
         )
+
+    def in_new_trace(self) -> OriginalMessage:
+        """The message, to start a trace of its own, which is linked to the one it had."""
+        traceparent = traceparent_of(self.headers)
+        if traceparent is None:
+            return self
+        message = self.marked(trace=traceparent)
+        return replace(message, headers=without_trace(message.headers))
 
     def due_at(self, at: datetime | None) -> OriginalMessage:
         """The message, to be run not before *at*."""
@@ -220,7 +233,9 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     RETRY: _is_retry,
     RETRY_WAIT: _is_retry_wait,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
+    "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
     "snoozes": _is_count,
+    "trace": is_traceparent,
     "unrecorded": _is_count,
     "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
 }

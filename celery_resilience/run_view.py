@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery_resilience.draining import is_draining
 
 if TYPE_CHECKING:
+    from celery_resilience.batches.batch import Batch
+    from celery_resilience.batches.options import ErrorTypes
     from celery_resilience.circuits.breaker import FleetBreaker
     from celery_resilience.install import Installation
+    from celery_resilience.telemetry.business import RunCounts
 
 Result = TypeVar("Result")
 
@@ -18,6 +21,12 @@ Result = TypeVar("Result")
 KEY_NAME = "_resilience_key"
 KEYED_RUN = "_resilience_run"
 HANDED_OVER = "_resilience_handed_over"
+
+#: Where it keeps what its run has counted.
+COUNTS = "_resilience_counts"
+
+#: Where it keeps what its run tells the main process besides how it ended.
+RUN_FACTS = "_resilience_facts"
 
 
 class RunView:
@@ -49,6 +58,41 @@ class RunView:
         """A number that grows with each run of the same key; 0 without a key."""
         run = self._said.get(KEYED_RUN)
         return 0 if run is None else run.epoch
+
+    def count(self, name: str, amount: float = 1, /, **labels: Any) -> None:
+        """
+        Count *amount* more of what this task does, as a metric of the worker.
+
+        The sum goes to the worker when the body has ended, also where it failed or is
+        retried; a run that is killed takes it along.
+
+        Args:
+            name: Lower case words, such as "orders"; Prometheus adds `_total`.
+            amount: At least 0; what is negative or not finite is not counted, and told
+                once.
+            labels: Few values each: text, int, bool or None. No ids.
+
+        Raises:
+            ConfigurationError: The name, a label or the type of the amount is none.
+        """
+        self._counts().count(name, amount, labels)
+
+    def observe(self, name: str, value: float, /, **labels: Any) -> None:
+        """
+        Put *value* into a histogram of the worker, otherwise as `count`.
+
+        Raises:
+            ConfigurationError: The name, a label or the type of the value is none.
+        """
+        self._counts().observe(name, value, labels)
+
+    def _counts(self) -> RunCounts:
+        found: RunCounts | None = self._said.get(COUNTS)
+        if found is None:
+            found = self._installation.new_counts()
+            if self._installation.has_metrics:
+                self._said[COUNTS] = found
+        return found
 
     def circuit(self, name: str) -> FleetBreaker:
         """
@@ -98,6 +142,66 @@ class RunView:
         """
         return self._installation.streams.rows(
             self._request, source, key=key, size=size, name=name, session=session
+        )
+
+    def batch(
+        self,
+        name: str,
+        *,
+        key: Callable[[Any], Any] | str | None = None,
+        chunk: int = 500,
+        skip: ErrorTypes = (),
+        stop: ErrorTypes = (),
+        max_errors: int | None = 100,
+        max_error_rate: float | None = None,
+        min_items: int = 50,
+        concurrency: int = 1,
+        session: Any = None,
+        savepoints: bool = True,
+        keep_failed: Callable[[Any], Any] | None = None,
+    ) -> Batch:
+        """
+        Many items, each worked at in a scope of its own: `with ... as batch:`.
+
+        A bad item is noted with its id and reason, and the others go on. Each chunk is
+        committed and its place saved, with the counts: a run that was killed, retried or
+        replayed, or that a deploy, a soft limit or an open circuit has cut off, is
+        followed by one that goes on there, without a retry spent.
+
+        Args:
+            name: At most 57 characters; one batch of a run has it.
+            key: What names an item: a callable that takes it, or the name of an
+                attribute or field. None: "id", or the item's number.
+            chunk: Items from one commit to the next, from 1. They are in memory.
+            skip: Types of exceptions that skip their item. With others it has failed.
+            stop: Types that end the batch: the task ends with the exception.
+            max_errors: Items that may be skipped or fail; None: any number.
+            max_error_rate: Their share, from 0 to 1; None: any.
+            min_items: The share is looked at from so many items on.
+            concurrency: Threads in which `batch.map` calls its function, up to 256.
+            session: SQLAlchemy's, which is committed after each chunk.
+            savepoints: Each item has one in the session; what a bad item did is undone.
+            keep_failed: Takes the key of a failed item, and returns the signature of a
+                task for it, such as `enrich_row.s`: the item is kept as a failed task,
+                whose replay runs that. In a worker only.
+
+        Raises:
+            ConfigurationError: An option is wrong, or the run had a batch of that name.
+        """
+        return self._installation.streams.batch(
+            self._request,
+            name=name,
+            key=key,
+            chunk=chunk,
+            skip=skip,
+            stop=stop,
+            max_errors=max_errors,
+            max_error_rate=max_error_rate,
+            min_items=min_items,
+            concurrency=concurrency,
+            session=session,
+            savepoints=savepoints,
+            keep_failed=keep_failed,
         )
 
     @property

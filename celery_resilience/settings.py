@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.finite import is_finite
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 from celery_resilience.redaction import without_password
 from celery_resilience.task_options import TaskOptions
@@ -25,7 +26,6 @@ PREFIX = "resilience_"
 #: with the only value that is accepted for each: the one that asks for nothing.
 NOT_IN_THIS_RELEASE: dict[str, Any] = {
     "failed_chords": "fail",
-    "metrics_port": None,
 }
 
 
@@ -58,19 +58,19 @@ def _count(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of seconds above 0")
 
 
 def _days(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise _Refused("a number of days above 0, or None")
 
 
 def _mib(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+    if is_finite(value) and value >= 1:
         return float(value)
     raise _Refused("a number of MiB from 1, or None")
 
@@ -356,6 +356,12 @@ class Settings:
         "Answers /live and /ready over HTTP there: a port on every address, or "
         '"host:port".',
     )
+    metrics_port: tuple[str, int] | None = _setting(
+        None,
+        _optional(_address),
+        "Shows metrics to Prometheus at /metrics there: a port on every address, or "
+        '"host:port"; the health port\'s, too.',
+    )
     memory_recycle_mib: float | str | None = _setting(
         None,
         _optional(_memory),
@@ -375,7 +381,9 @@ class Settings:
         'with "strict" the task that left it is failed, too; with "off" nothing.',
     )
     log_format: str | None = _setting(
-        None, _optional(_log_format), "How the record of a failed task is written."
+        None,
+        _optional(_log_format),
+        "How our records, and lines in Celery's own format, are written.",
     )
     release: str | None = _setting(
         None, _optional(_text), "The app's release, kept with each failed task."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
 from types import MethodType
@@ -14,7 +15,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from celery_resilience import _celery
-from celery_resilience.body import HEARS_OF_CIRCUITS
+from celery_resilience.body import HEARS_OF_CIRCUITS, RUNNING
 from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
@@ -32,11 +33,27 @@ from celery_resilience.errors import (
     Snooze,
     TaskExited,
 )
+from celery_resilience.events import emit
 from celery_resilience.failure import describe
-from celery_resilience.message import HEADER, KEY, RETRY, has_past, id_text, marks_of
-from celery_resilience.outcome import Reason
+from celery_resilience.message import (
+    HEADER,
+    KEY,
+    RETRY,
+    SENT_AT,
+    has_past,
+    id_text,
+    marks_of,
+)
+from celery_resilience.outcome import COUNTED_FACT, Reason
 from celery_resilience.redaction import safe_text
-from celery_resilience.run_view import HANDED_OVER, KEY_NAME, KEYED_RUN, RunView
+from celery_resilience.run_view import (
+    COUNTS,
+    HANDED_OVER,
+    KEY_NAME,
+    KEYED_RUN,
+    RUN_FACTS,
+    RunView,
+)
 from celery_resilience.settings import is_enabled
 from celery_resilience.soft_limit import soft_limit_deferred
 from celery_resilience.task_options import Names, nearly_options, wrong_options
@@ -236,10 +253,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             or not _celery.is_a_delivery(request)
             or self.name.startswith("celery.")
         ):
-            token = None
+            token = running = None
             if request is not None and request.is_eager:
                 # Nobody hears that its circuit is open but who has applied it.
                 token = HEARS_OF_CIRCUITS.set(False)
+                running = RUNNING.set((self, request))
             try:
                 return super().__call__(*args, **kwargs)
             except Skip as skip:
@@ -254,7 +272,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 count = request.retries + 1
                 return super().retry(countdown=snooze.countdown_s, max_retries=count)
             finally:
-                if token is not None:
+                if token is not None and running is not None:
+                    RUNNING.reset(running)
                     HEARS_OF_CIRCUITS.reset(token)
         after_body = None
         try:
@@ -269,7 +288,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 return self._run_keyed(rooms, request, args, kwargs)
             return self._run_body(rooms, request, args, kwargs)
         except Skip as skip:
-            rooms.facts.send(id_text(request.id), {"skipped": safe_text(skip.reason)})
+            self._tell(rooms, request, {"skipped": safe_text(skip.reason)})
             return skip.result
         except Ignore as ignore:
             if REPLACED in vars(request):
@@ -287,6 +306,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
+            if COUNTS in vars(request) or RUN_FACTS in vars(request):
+                with soft_limit_deferred():
+                    self._tell(rooms, request, {})
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
@@ -372,6 +394,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._rules.before(self, request)
         held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
+        running = RUNNING.set((self, request))
         try:
             with soft_limit_deferred():
                 for room in rooms.around:
@@ -405,6 +428,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 raise
             raise
         finally:
+            RUNNING.reset(running)
             HEARS_OF_CIRCUITS.reset(token)
         self._after_body(rooms, request, None)
         return result
@@ -502,7 +526,17 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 facts["reason"] = Reason.CIRCUIT_OPEN
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
-            rooms.facts.send(id_text(request.id), facts)
+            emit("run.failed", task=self, request=request, exc=exc, facts=facts)
+            self._tell(rooms, request, facts)
+
+    @staticmethod
+    def _tell(rooms: ChildRooms, request: Context, facts: dict[str, Any]) -> None:
+        """Send the facts of a run, once, with what its rooms tell and it has counted."""
+        facts.update(vars(request).pop(RUN_FACTS, {}))
+        counts = vars(request).pop(COUNTS, None)
+        if counts is not None:
+            facts[COUNTED_FACT] = counts.fact()
+        rooms.facts.send(id_text(request.id), facts)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -559,14 +593,12 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             # By their names, as a base class of the app's own may take them.
             options.update(zip(POSITIONAL, more, strict=False))
         keys, installation = self._keys, self._installation
-        publish: Any = super().apply_async
+        publish: Any = self._publish
         has_limit = self.max_message_kib is not None
-        if (
-            (keys is None and not has_limit)
-            or installation is None
-            or not installation.settings.enabled
-            or self.app.conf.task_always_eager
-        ):
+        if installation is None or not installation.settings.enabled:
+            return publish(args, kwargs, **options)
+        options["headers"] = _with_time(options.get("headers"))
+        if (keys is None and not has_limit) or self.app.conf.task_always_eager:
             return publish(args, kwargs, **options)
         if has_limit:
             publish = self._publish_guarded
@@ -584,11 +616,20 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             own=vars(request).get(KEYED_RUN) if is_own else None,
         )
 
+    def _publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Celery's `apply_async`, which tells nobody that it could not publish."""
+        try:
+            return super().apply_async(args, kwargs, **options)
+        except Exception:
+            if self._installation is not None:
+                self._installation.publish_failed(self)
+            raise
+
     def _publish_guarded(self, args: Any, kwargs: Any, **options: Any) -> Any:
         """Celery's `apply_async`, of a message that is measured."""
         assert self._installation is not None
         return self._installation.send_guarded(
-            self, super().apply_async, args, kwargs, options
+            self, self._publish, args, kwargs, options
         )
 
     @property
@@ -697,6 +738,13 @@ def run_on_loop(task: type[ResilientTask]) -> None:
         return run_coroutine(coroutine)
 
     task.run = staticmethod(run) if is_static else run  # type: ignore[method-assign]
+
+
+def _with_time(headers: Any) -> dict[str, Any]:
+    """Headers with our mark of the present moment, from which a task's wait counts."""
+    headers = headers or {}
+    marks = marks_of(headers) if HEADER in headers else {}
+    return {**headers, HEADER: {**marks, SENT_AT: round(time.time(), 3)}}
 
 
 def inherited_marks(

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from celery_resilience.finite import is_finite
 from celery_resilience.memory_amount import MEMORY_AMOUNT, is_memory_amount
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return is_finite(value) and bool(value > 0)
 
 
 def _is_names(value: Any) -> bool:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
 from celery_resilience import _celery, _pools, draining
+from celery_resilience.circuits.policy import State as CircuitState
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
 from celery_resilience.crashes.task import StartGuard
@@ -26,9 +28,12 @@ from celery_resilience.delivery.facts import FactsChannel, NoFacts
 from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.delivery.redis_visibility import RedisVisibility
 from celery_resilience.delivery.request import build_request_class
+from celery_resilience.delivery.send_again import send_again
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.failed.bootstep import CollectorStep
 from celery_resilience.failed.capture import Capture
+from celery_resilience.failed.envelope import task_record_id
+from celery_resilience.failed.routes import failed_queue_for
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
 from celery_resilience.idempotency.guard import KeyGuard
@@ -53,11 +58,26 @@ from celery_resilience.memory.reading import find_eyes
 from celery_resilience.memory.slots import Slots
 from celery_resilience.memory.task import MemoryAround, RunLimits
 from celery_resilience.memory.watch import MemoryWatch
+from celery_resilience.message import replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
-from celery_resilience.task import ResilientTask
-from celery_resilience.telemetry.log import FailureLog, WorkerLog
+from celery_resilience.shelf.bootstep import shelf_step
+from celery_resilience.shelf.consumer import Shelving
+from celery_resilience.shelf.policy import most_held
+from celery_resilience.shelf.shelf import Shelf
+from celery_resilience.task import ResilientTask, parameters_of
+from celery_resilience.telemetry.bootstep import (
+    Questions,
+    WorkerMetrics,
+    metrics_step,
+)
+from celery_resilience.telemetry.log import FailureLog
+from celery_resilience.telemetry.log_setup import LogSetup
+from celery_resilience.telemetry.log_worker import WorkerLog
+from celery_resilience.telemetry.tracing import Commands, attach_tracing
+from celery_resilience.threads import start_at_once
+from celery_resilience.worker_start import WorkerStart
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
 logger = logging.getLogger("celery_resilience.worker")
@@ -111,6 +131,7 @@ class WorkerSetup:
             ),
         )
         flag = installation.flags.get
+        self.metrics = self._make_metrics()
         self.lifecycle = Lifecycle(
             worker,
             draining.share(),
@@ -124,6 +145,8 @@ class WorkerSetup:
             waiting_at_gate=self.deliveries.gate.waiting,
             hand_back=self.deliveries.hand_back,
             ask_store=self._ask_store if installation.store_choice.url else None,
+            pages_address=installation.flag_or_setting("metrics_port"),
+            pages=self.metrics.pages,
         )
         self.starts = StartGuard(
             installation.start_store,
@@ -131,6 +154,27 @@ class WorkerSetup:
             window_s=settings.crash_window_s,
             worker=self.worker_id,
             tell=self.deliveries.facts.send,
+        )
+
+    def _make_metrics(self) -> WorkerMetrics:
+        """What this worker counts, and shows."""
+        installation = self.installation
+        has_store = installation.store_choice.url is not None
+        return WorkerMetrics(
+            self.app,
+            self.worker,
+            address=installation.flag_or_setting("metrics_port"),
+            tasks=[task.name for task in resilient_tasks(installation)],
+            questions=Questions(
+                store=installation.failed_store if has_store else None,
+                failed_queues=(*self.failed_queues, *self.collect_queues),
+                circuits=(
+                    partial(circuit_states, installation)
+                    if has_circuits(installation)
+                    else None
+                ),
+                own_kib_of=find_eyes().own_kib_of,
+            ),
         )
 
     def _start_releasing(self, release: Callable[[], None]) -> None:
@@ -173,8 +217,12 @@ class WorkerSetup:
                 f"--collect-failed needs a store, and there is none: {choice.why}"
             )
         self.installation.check_store()
-        self.installation.circuit_options()
         self.installation.budget_options()
+        circuits = self.installation.circuit_options()
+        if circuits:
+            from celery_resilience.circuits.probing import check_probes
+
+            check_probes(circuits)
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()
@@ -198,6 +246,7 @@ class WorkerSetup:
             is_failed_queue=lambda name: (
                 name in self.failed_queues or name in self.collect_queues
             ),
+            shelve=self.make_shelving(visibility),
         )
         step = delivery_step(self.deliveries, visibility)
         replace_step(self.app, "consumer", step)
@@ -209,6 +258,13 @@ class WorkerSetup:
         replace_step(self.app, "consumer", connection_step(life))
         installation.lifecycle = life
         memory = self.watch_memory()
+        tracing = attach_tracing(
+            facts=self.deliveries.facts,
+            commands=failed_commands(installation),
+            is_running_in=self.deliveries.is_running_in,
+            is_ending=_is_ending,
+            uid=f"celery_resilience-{id(self.app)}",
+        )
         installation.child = ChildRooms(
             fence=replay_fence(installation),
             starts=self.starts,
@@ -216,6 +272,7 @@ class WorkerSetup:
             facts=self.deliveries.facts,
             is_ending=_is_ending,
             around=(
+                *tracing.around,
                 installation.streams,
                 *rooms_around(installation, worker.pool_cls),
                 memory.around,
@@ -238,19 +295,34 @@ class WorkerSetup:
                 "memory": memory_told(installation, memory),
             }
         )
-        FailureLog(installation.settings.log_format).attach()
+        log_setup = attach_log(installation, worker.pool_cls)
         LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
-        log = WorkerLog(self.deliveries, self.start_line, life.drain.words)
+        log = WorkerLog(
+            installation.settings.log_format,
+            self.deliveries,
+            start=self.start(),
+            end=life.drain,
+            clock=time.monotonic,
+        )
         log.attach()
+        metrics = self.metrics
+        metrics.attach()
+        installation.has_metrics = metrics.is_read
+        replace_step(self.app, "worker", metrics_step(metrics))
         warnings = WorkerWarnings(installation)
         uid = f"celery_resilience-{id(self.app)}"
         hostname = worker.hostname
 
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
+                log_setup.apply()
                 log.started(warnings.sentences())
+                if tracing.words:
+                    logger.info("failures are told to %s too", tracing.words)
+                tracing.ready()
                 warnings.look_at_key_store()
+                metrics.ready()
                 if has_circuits(installation):
                     installation.circuits.start_reading()
 
@@ -258,19 +330,49 @@ class WorkerSetup:
             if sender == hostname:
                 life.begin(sig)
                 # What this stop cuts off is no crash; the store may be slow.
-                threading.Thread(target=self.starts.forget_worker, daemon=True).start()
+                start_at_once(self.starts.forget_worker)
 
         def on_shutdown(sender: Any = None, **_: Any) -> None:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
+                tracing.ended()
+                metrics.ended()
                 life.ended()
 
+        def on_logging(instance: Any = None, **_: Any) -> None:
+            if instance is worker:
+                log_setup.apply()
+
+        def on_child(**_: Any) -> None:
+            log_setup.apply()  # it may have a file of its own
+
+        signals.celeryd_after_setup.connect(on_logging, weak=False, dispatch_uid=uid)
+        signals.worker_process_init.connect(
+            on_child, weak=False, dispatch_uid=f"{uid}-log"
+        )
         signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
         signals.worker_shutting_down.connect(
             on_shutting_down, weak=False, dispatch_uid=uid
         )
         signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
+
+    def make_shelving(self, visibility: RedisVisibility) -> Any:
+        """What takes the snoozed messages that are too many; None without a store."""
+        installation, deliveries = self.installation, self.deliveries
+        if installation.store_choice.url is None:
+            return None
+        shelving = Shelving(
+            Shelf(installation.shelf_store, Publisher(self.app)),
+            deliveries,
+            copy_of=lambda message: send_again(
+                deliveries.original(message), delay_s=0.0, marks={}
+            ),
+            is_lost=lambda: visibility.is_lost,
+            most_held=most_held(getattr(self.app.conf, "worker_eta_task_limit", None)),
+        )
+        replace_step(self.app, "consumer", shelf_step(shelving))
+        return shelving.takes
 
     def watch_memory(self) -> MemorySetup:
         """What looks at the memory of this worker's processes."""
@@ -301,30 +403,16 @@ class WorkerSetup:
         replace_step(self.app, "consumer", memory_step(setup))
         return setup
 
-    def start_line(self) -> str:
-        """What an operator should know of this worker, in one line."""
-        from celery_resilience import __version__
-        from celery_resilience.redaction import without_password
-
-        installation = self.installation
-        settings, choice = installation.settings, installation.store_choice
-        kept = (
-            f"kept in {without_password(choice.url)} ({choice.why})"
-            if choice.url
-            else f"kept in no store ({choice.why})"
+    def start(self) -> WorkerStart:
+        """What an operator should know of this worker."""
+        return WorkerStart(
+            self.installation,
+            self.worker,
+            failed_queues=self.failed_queues,
+            collect_queues=self.collect_queues,
+            collects=self.collects,
+            stops=self.lifecycle,
         )
-        spool = settings.spool_dir or "none: messages stay unacknowledged"
-        return (
-            f"celery-resilience {__version__}: failed tasks of {settings.namespace!r} "
-            f"go to queue {', '.join(self.failed_queues)}, {kept}; spool {spool}; "
-            f"at most {installation.max_crashes} crashes; "
-            f"{'collects here' if self.collects else 'does not collect here'}"
-            f"{self._other_queues()}; {self.lifecycle.words()}"
-        )
-
-    def _other_queues(self) -> str:
-        queues = ", ".join(self.collect_queues)
-        return f"; dead-letter queues {queues}" if queues else ""
 
     def _ask_store(self) -> None:
         """Raise what the store says, if it does not answer."""
@@ -352,6 +440,37 @@ class WorkerSetup:
                 if getattr(base, "deliveries", None) is not self.deliveries:
                     ours: Any = build_request_class(base, self.deliveries)
                     task.Request = ours
+
+
+def attach_log(installation: Installation, pool: Any) -> LogSetup:
+    """Log what ends in a worker; what it returns is applied where handlers are made."""
+    look, has_greenlets = find_eyes().rss_mib_of, _pools.is_greenlet_pool(pool)
+    FailureLog(
+        installation.settings.log_format,
+        clock=time.monotonic,
+        # A greenlet's number is no process's.
+        rss_mib_of=lambda pid: look(os.getpid() if has_greenlets else pid),
+    ).attach()
+    return log_setup_of(installation)
+
+
+def log_setup_of(installation: Installation) -> LogSetup:
+    """What the processes of a worker do with every record of their log."""
+    settings = installation.settings
+
+    def names_of(task: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if isinstance(task, ResilientTask):
+            return task.parameter_names, task.hidden_names
+        return parameters_of(task.run), settings.redact
+
+    return LogSetup(
+        settings.log_format,
+        settings.redact,
+        names_of=names_of,
+        is_ours=lambda task: (
+            isinstance(task, ResilientTask) and not task.name.startswith("celery.")
+        ),
+    )
 
 
 def replay_fence(installation: Installation) -> ReplayFence:
@@ -476,6 +595,27 @@ def has_circuits(installation: Installation) -> bool:
     )
 
 
+def circuit_states(installation: Installation) -> dict[str, str]:
+    """The state of each circuit that a setting or a task names, as the store has it."""
+    tasks = [task.circuit_name for task in resilient_tasks(installation)]
+    names = dict.fromkeys([*dict(installation.settings.circuits), *filter(None, tasks)])
+    store, now = installation.circuit_store(), time.time()
+    states = {name: installation.circuits.get(name).state for name in names}
+    if store is not None:
+        answer = store.read(list(names))
+        now = answer.now
+        states = {
+            name: CircuitState.from_text(answer.found[name].text)
+            if name in answer.found
+            else CircuitState()
+            for name in names
+        }
+    return {
+        name: str(state.forced_at(now) or state.position)
+        for name, state in states.items()
+    }
+
+
 def prepare_worker(installation: Installation, worker: Any) -> None:
     """
     Set celery-resilience up in *worker*, or make it refuse to start.
@@ -508,6 +648,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
     Args:
         told: What the worker tells by `WORKER_VARIABLE`.
     """
+    log_setup_of(installation).apply()
     facts = NoFacts()
     memory = enter_spawned_child(installation, told["memory"])
     installation.child = ChildRooms(
@@ -523,12 +664,44 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         facts=facts,
         is_ending=_is_ending,
         around=(
+            *attach_tracing(
+                facts=facts,
+                commands=failed_commands(installation),
+                is_running_in=lambda pid: False,
+                is_ending=_is_ending,
+                uid=f"celery_resilience-{id(installation.app)}",
+            ).around,
             installation.streams,
             *rooms_around(installation, "prefork"),
             memory,
         ),
         give_way=memory.lift,
     )
+
+
+def failed_commands(installation: Installation) -> Commands:
+    """How an operator shows and replays the failed task of a run."""
+    settings, tasks = installation.settings, installation.app.tasks
+
+    def commands(
+        task: str, task_id: str, marks: Mapping[str, Any], exception: str, reason: str
+    ) -> Mapping[str, str]:
+        queue = failed_queue_for(
+            task=task,
+            exception=exception,
+            reason=reason,
+            routes=settings.failed_routes,
+            default=settings.failed_queue,
+            own=getattr(tasks.get(task), "failed_queue", None),
+        )
+        record = replay_of(marks).get("record")
+        if queue is None and record is None:
+            return {}
+        record = record or task_record_id(settings.namespace, task_id)
+        call = f"celery -A {installation.app.main or 'APP'} failed"
+        return {"show": f"{call} show {record}", "replay": f"{call} replay {record}"}
+
+    return commands
 
 
 def replace_step(app: Any, blueprint: str, step: Any) -> None:

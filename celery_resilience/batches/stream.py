@@ -49,12 +49,16 @@ class StoredCheckpoint:
         store: Where it is.
         task_id: Whose it is, in each of its runs.
         name: Of the stream, at most 64 characters.
+        what: What it is of.
     """
 
-    def __init__(self, store: CheckpointStore, task_id: str, name: str) -> None:
+    def __init__(
+        self, store: CheckpointStore, task_id: str, name: str, what: str = "stream"
+    ) -> None:
         self._store = store
         self._task_id = task_id
         self._name = name
+        self._what = what
 
     def load(self) -> Any:
         """
@@ -66,12 +70,13 @@ class StoredCheckpoint:
         try:
             data = self._store.load(self._task_id, self._name)
         except StoreUnavailable as exc:
-            raise Snooze(LOOK_AGAIN_S, f"the place of a stream: {exc}") from exc
+            raise Snooze(LOOK_AGAIN_S, f"the place of a {self._what}: {exc}") from exc
         if data is None:
             return None
         logger.info(
-            "task %s goes on with its stream %s where an earlier run stopped",
+            "task %s goes on with its %s %s where an earlier run stopped",
             self._task_id,
+            self._what,
             self._name,
         )
         return deserialized("application/json", "utf-8", data, accept=["json"])
@@ -82,8 +87,9 @@ class StoredCheckpoint:
             self._store.save(self._task_id, self._name, serialized(place, "json")[2])
         except StoreUnavailable as exc:
             logger.warning(
-                "task %s: where its stream %s stands could not be saved: %s",
+                "task %s: where its %s %s stands could not be saved: %s",
                 self._task_id,
+                self._what,
                 self._name,
                 exc,
             )

@@ -23,7 +23,8 @@ from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from celery_resilience.body import HEARS_OF_CIRCUITS
 from celery_resilience.circuits import policy
-from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
+from celery_resilience.circuits.circuit import Circuit, Permit
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.circuits.policy import Entry, Position, State
 from celery_resilience.errors import (
     CONTROL_FLOW,

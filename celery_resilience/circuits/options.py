@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -39,6 +40,9 @@ class CircuitOptions:
         queues: Queues that no worker consumes while it is open, but for one that takes
             the probe.
         exclude: Types of exceptions that count nothing, as pybreaker's.
+        probe: `package.module:function`, called by one worker of the fleet in the place
+            of a task: the circuit closes where it returns something true. It is given
+            up after nine tenths of `probe_lease_s`.
     """
 
     failure_rate: float = 0.5
@@ -55,6 +59,7 @@ class CircuitOptions:
     ramp_from: int | None = 2
     queues: tuple[str, ...] = ()
     exclude: tuple[type[BaseException], ...] = ()
+    probe: str | None = None
 
 
 def _is_number(value: Any) -> bool:
@@ -75,6 +80,8 @@ def _is_count(value: Any) -> bool:
 
 _SECONDS = (_is_seconds, "a number of seconds above 0, at most a week")
 _COUNT = (_is_count, "a whole number from 1")
+
+_PROBE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _CHECKS: Mapping[str, tuple[Any, str]] = {
     "failure_rate": (
@@ -107,6 +114,10 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
             and all(isinstance(t, type) and issubclass(t, BaseException) for t in v)
         ),
         "a list of types of exceptions",
+    ),
+    "probe": (
+        lambda v: v is None or (isinstance(v, str) and _PROBE.fullmatch(v) is not None),
+        "the name of a function, package.module:function, or None",
     ),
 }
 

@@ -23,6 +23,9 @@ ASK_AGAIN_S = 1.0
 #: Seconds without a refusal after which a closed circuit has no limit any more.
 QUIET_S = 10.0
 
+#: Seconds after which calls are probes of a circuit whose function nobody calls.
+OVERDUE_S = 10.0
+
 #: What a failure leaves of the limit, at most once in so many seconds.
 CUT = 0.7
 CUT_EVERY_S = 1.0
@@ -234,6 +237,24 @@ def enter(
     return state, Entry(False, retry_after_s=min(_wait(first - now), ASK_AGAIN_S))
 
 
+def has_free_probe(state: State, options: CircuitOptions, now: float) -> bool:
+    """Whether one more probe may run of a circuit that may be tried."""
+    if state.position is Position.OPEN:
+        return True
+    running = sum(now < lease.until for lease in state.leases)
+    return running + state.successes < options.probes
+
+
+def is_probe_overdue(state: State, now: float) -> bool:
+    """
+    Whether nobody has called the probe function of a circuit that may be tried.
+
+    No worker of the fleet runs, which alone call it.
+    """
+    asked_at = max((lease.until for lease in state.leases), default=state.retry_at)
+    return now > asked_at + OVERDUE_S
+
+
 def count(
     state: State, options: CircuitOptions, report: Report, *, now: float, chance: float
 ) -> State:
@@ -288,27 +309,29 @@ def probed(
     options: CircuitOptions,
     *,
     token: str,
+    generation: int,
     is_success: bool | None,
     now: float,
     chance: float,
     retry_after_s: float | None = None,
 ) -> State:
     """
-    A probe has ended.
+    A probe has ended, perhaps after its lease.
 
     Args:
         state: What is so before.
         options: The circuit's.
-        token: Of its lease; where that has lapsed, or the circuit has changed since,
-            nothing changes.
+        token: Of its lease.
+        generation: In which it began; where the circuit has changed since, nothing
+            changes.
         is_success: None: it counts nothing, and the lease is given back.
         now: By the store's clock.
         chance: From 0 to 1, of the jitter.
         retry_after_s: What the dependency itself asks for, if it does.
     """
-    leases = tuple(lease for lease in state.leases if lease.token != token)
-    if len(leases) == len(state.leases):
+    if state.position is not Position.HALF_OPEN or state.generation != generation:
         return state
+    leases = tuple(lease for lease in state.leases if lease.token != token)
     if is_success is None:
         return replace(state, leases=leases)
     if not is_success:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from kombu.exceptions import ContentDisallowed
 
 from celery_resilience import _kombu_redis, _pools
+from celery_resilience._kombu import is_forgotten
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformation
 from celery_resilience.delivery.outbox import Outgoing
@@ -28,8 +29,16 @@ from celery_resilience.message import (
     id_text,
     marks_of,
 )
-from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
+from celery_resilience.outcome import (
+    ENDED,
+    EVENTS,
+    Ended,
+    Outcome,
+    Reason,
+    Settlement,
+)
 from celery_resilience.redaction import safe_text
+from celery_resilience.trace_ids import traceparent_of
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -55,12 +64,15 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         visibility: Keeps the messages that this worker holds on Redis.
         prepare_tasks: Called before the strategies are made, at each start.
         is_failed_queue: Whether a queue is collected, and not consumed as tasks.
+        shelve: Given a message and what Celery does with it; whether the message waits
+            elsewhere. None: none does.
     """
 
     deliveries: ClassVar[Deliveries]
     visibility: ClassVar[RedisVisibility]
     prepare_tasks: ClassVar[Callable[[], None]]
     is_failed_queue: ClassVar[Callable[[str], bool]]
+    shelve: ClassVar[Callable[[Any, Callable[[Any], Any]], bool] | None] = None
 
     def update_strategies(self) -> None:
         """Give every resilient task our Request before its strategy is made."""
@@ -101,19 +113,9 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Wrap Celery's handler so that a malformed message does not end the worker."""
         handle = super().create_task_handler(*args, **kwargs)
+        shelve = type(self).shelve
 
-        def on_task_received(message: Any) -> Any:
-            if is_draining() and not _is_gone(message):
-                # A loop that blocks takes some more before it ends (``loops.py``,
-                # Celery 5.7).
-                message.reject_log_error(logger, self.connection_errors, requeue=True)
-                return None
-            if message.body and len(message.body) > LARGE_BYTES:
-                emit(
-                    "delivery.large_message_received",
-                    task=_announced_name(message),
-                    bytes=len(message.body),
-                )
+        def receive(message: Any) -> Any:
             try:
                 return handle(message)
             except Exception as exc:
@@ -125,6 +127,22 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
                 self._keep(
                     message, Reason.MALFORMED, exc, defect, lambda: _reject(message)
                 )
+
+        def on_task_received(message: Any) -> Any:
+            if is_draining() and not is_forgotten(message):
+                # A loop that blocks takes some more before it ends (``loops.py``,
+                # Celery 5.7).
+                message.reject_log_error(logger, self.connection_errors, requeue=True)
+                return None
+            if message.body and len(message.body) > LARGE_BYTES:
+                emit(
+                    "delivery.large_message_received",
+                    task=_announced_name(message),
+                    bytes=len(message.body),
+                )
+            if shelve is not None and shelve(message, receive):
+                return None
+            return receive(message)
 
         return on_task_received
 
@@ -246,10 +264,12 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
             worker=deliveries.worker,
             failure=Failure(kind, text, fingerprint_of(reason, kind, task, defect)),
             marks=marks_of(original.headers),
+            traceparent=traceparent_of(original.headers),
         )
         deliveries.received += 1
         deliveries.counts[Outcome.FAILED] += 1
         envelope = deliveries.keeps.message_for(settlement, original)
+        emit(ENDED, ended=Ended(task, original.queue, Outcome.FAILED))
         emit(EVENTS[Outcome.FAILED], settlement=settlement)
         if envelope is None:
             then()
@@ -286,12 +306,6 @@ def build_consumer_class(base: type[Any], **attributes: Any) -> type[Any]:
 def _task_name(message: Any) -> Any:
     headers = message.headers or {}
     return headers["task"] if "task" in headers else message.payload.get("task")
-
-
-def _is_gone(message: Any) -> bool:
-    """Whether the broker has forgotten a message with its delivery."""
-    tags = getattr(message.channel, "no_ack_consumers", None) or ()
-    return (message.delivery_info or {}).get("consumer_tag") in tags
 
 
 def _announced_name(message: Any) -> str:

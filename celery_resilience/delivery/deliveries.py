@@ -130,6 +130,11 @@ class Deliveries:
         self._kept: WeakSet[Any] = WeakSet()
         self._queues: dict[tuple[str, ...], str] = {}
 
+    @property
+    def open_count(self) -> int:
+        """How many deliveries are not settled: they run, or wait in memory."""
+        return len(self._open)
+
     def opened(self, request: Any) -> None:
         """A delivery has arrived."""
         self.received += 1
@@ -141,6 +146,10 @@ class Deliveries:
         self.counts[outcome] += 1
         if self.on_closed is not None:
             self.on_closed()
+
+    def is_running_in(self, pid: int) -> bool:
+        """Whether a child runs one of these deliveries."""
+        return any(request.worker_pid == pid for request in list(self._open.values()))
 
     def ended_child(self, pid: int, why: MemoryLimitExceeded) -> None:
         """A child is about to be ended, for what its run has taken."""

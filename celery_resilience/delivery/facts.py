@@ -31,7 +31,11 @@ class TellsFacts(Protocol):
     """The child's end of a channel."""
 
     def send(self, task_id: str, facts: dict[str, Any]) -> None:
-        """Tell the facts of this run."""
+        """Tell the facts of this run, in place of those that were told before."""
+        ...
+
+    def add(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Tell more facts of the same run."""
         ...
 
 
@@ -39,6 +43,9 @@ class NoFacts:
     """The end of a spawned child, which has no copy of the worker's channel."""
 
     def send(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Nobody hears it."""
+
+    def add(self, task_id: str, facts: dict[str, Any]) -> None:
         """Nobody hears it."""
 
 
@@ -70,8 +77,20 @@ class FactsChannel:
         """Child, or the thread that runs the task: tell the facts of this run."""
         if os.getpid() == self._main_pid:
             self._here.facts = (task_id, facts)
-            return
-        data = json.dumps([os.getpid(), task_id, facts]).encode()
+        else:
+            self._post([os.getpid(), task_id, facts])
+
+    def add(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Child, or the thread that runs the task: tell more facts of this run."""
+        if os.getpid() == self._main_pid:
+            here = getattr(self._here, "facts", None)
+            told = here[1] if here is not None and here[0] == task_id else {}
+            self._here.facts = (task_id, {**told, **facts})
+        else:
+            self._post([os.getpid(), task_id, facts, "more"])
+
+    def _post(self, datagram: list[Any]) -> None:
+        data = json.dumps(datagram).encode()
         if len(data) <= MAX_BYTES:
             try:
                 self._writer.send(data)
@@ -109,7 +128,8 @@ class FactsChannel:
                 data = self._reader.recv(MAX_BYTES)
             except OSError:
                 return
-            pid, task_id, facts = json.loads(data)
-            self._unclaimed[pid, task_id] = facts
+            pid, task_id, facts, *more = json.loads(data)
+            told = self._unclaimed.get((pid, task_id), {}) if more else {}
+            self._unclaimed[pid, task_id] = {**told, **facts}
             while len(self._unclaimed) > MAX_UNCLAIMED:
                 self._unclaimed.popitem(last=False)

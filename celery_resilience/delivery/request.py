@@ -7,7 +7,7 @@ what each way for a run to end means.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -24,35 +24,30 @@ from celery.exceptions import (
 from celery_resilience import _celery, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformed_call
-from celery_resilience.delivery.settlement import failure_of_run, plain_failure
+from celery_resilience.delivery.settlement import (
+    failure_of_run,
+    plain_failure,
+    reason_of_retry,
+)
 from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
     AskAgain,
     BroadcastIsOnce,
     CircuitSnooze,
-    KeyMismatch,
     MemoryLimitExceeded,
-    RunInterrupted,
     SendAgain,
     Snooze,
     TaskExited,
     TaskRanOutOfMemory,
-    TooManyCrashes,
 )
+from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
 from celery_resilience.message import HEADER, id_text, marks_of
-from celery_resilience.outcome import Outcome, Reason
+from celery_resilience.outcome import COUNTED, COUNTED_FACT, Outcome, Reason
+from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import safe_text
 
 logger = logging.getLogger("celery_resilience.delivery")
-
-#: Why a run failed that ended in one of our own exceptions.
-REASONS: Mapping[type[BaseException], Reason] = {
-    TooManyCrashes: Reason.WORKER_LOST,
-    KeyMismatch: Reason.KEY_MISMATCH,
-    RunInterrupted: Reason.INTERRUPTED,
-    MemoryLimitExceeded: Reason.MEMORY_LIMIT,
-}
 
 
 class ResilientRequest(SettlingRequest):
@@ -121,7 +116,7 @@ class ResilientRequest(SettlingRequest):
             self._send_again(outcome, exc.reason, exc.delay_s, exc.marks)
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Retry):
-            self._settle(Outcome.RETRIED)
+            self._settle(Outcome.RETRIED, *reason_of_retry(self, exc))
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Ignore):
             reason = getattr(exc, "reason", "ignored")
@@ -229,9 +224,8 @@ class ResilientRequest(SettlingRequest):
             self._settle(Outcome.REQUEUED, "rejected")
             super().on_failure(exc_info)
             return
-        self._settle(
-            Outcome.FAILED, Reason.REJECTED, failure_of_run(self, exc, exc_info, {})
-        )
+        failure = failure_of_run(self, exc, exc_info, {})
+        self._settle(Outcome.FAILED, Reason.REJECTED, failure, is_silent=True)
         _celery.task_ready(self)
         self._tell_celery(exc, exc_info)
         self.reject(requeue=False)
@@ -322,10 +316,7 @@ class ResilientRequest(SettlingRequest):
     ) -> None:
         """The child has stored the failure; keep it, then let Celery go on."""
         facts = self._take_facts()
-        reason = facts.get("reason", Reason.EXCEPTION)
-        for kind, its_reason in REASONS.items():
-            if isinstance(exc, kind):
-                reason = its_reason
+        reason = reason_of(exc, facts.get("reason", Reason.EXCEPTION))
         self._settle(
             Outcome.FAILED, reason, failure_of_run(self, exc, exc_info, facts), facts
         )
@@ -338,9 +329,8 @@ class ResilientRequest(SettlingRequest):
     ) -> None:
         """No child has stored the failure: keep it, and tell Celery ourselves."""
         facts = self._take_facts()
-        self._settle(
-            Outcome.FAILED, reason, failure_of_run(self, exc, exc_info, facts), facts
-        )
+        failure = failure_of_run(self, exc, exc_info, facts)
+        self._settle(Outcome.FAILED, reason, failure, facts, is_silent=True)
         _celery.task_ready(self)
         has_hooks = reason in (Reason.HARD_TIME_LIMIT, Reason.MEMORY_LIMIT)
         self._tell_celery(_for_celery(exc), exc_info, has_hooks=has_hooks)
@@ -368,7 +358,10 @@ class ResilientRequest(SettlingRequest):
         return self.deliveries.can_come_again(self.message)
 
     def _take_facts(self) -> dict[str, Any]:
-        return self.deliveries.facts.take(self.worker_pid, id_text(self.id))
+        facts = self.deliveries.facts.take(self.worker_pid, id_text(self.id))
+        if COUNTED_FACT in facts:
+            emit(COUNTED, fact=facts.pop(COUNTED_FACT))
+        return facts
 
 
 def build_request_class(base: type[Any], deliveries: Deliveries) -> type[Any]:

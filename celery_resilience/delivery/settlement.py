@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Reject, Retry, TimeLimitExceeded, WorkerLostError
 
 from celery_resilience import _celery
 from celery_resilience.errors import MemoryLimitExceeded
@@ -20,14 +20,15 @@ from celery_resilience.failure import (
     fingerprint_of,
     type_name,
 )
-from celery_resilience.message import id_text
-from celery_resilience.outcome import Outcome, Settlement
+from celery_resilience.message import HEADER, SENT_AT, id_text
+from celery_resilience.outcome import Ended, Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
     mask,
     safe_text,
     show_arguments,
 )
+from celery_resilience.trace_ids import traceparent_of
 
 
 def settlement_of(
@@ -36,6 +37,8 @@ def settlement_of(
     reason: str | None,
     failure: Failure | None = None,
     facts: Mapping[str, Any] | None = None,
+    *,
+    is_silent: bool = False,
 ) -> Settlement:
     """
     How a delivery ended, with its arguments where it failed.
@@ -44,6 +47,7 @@ def settlement_of(
         request: The delivery's `ResilientRequest`.
         outcome, reason, failure: What was decided.
         facts: What the child sent.
+        is_silent: See `Settlement`.
     """
     shown = ShownArguments("", "")
     embedded: Mapping[str, Any] = {}
@@ -68,6 +72,7 @@ def settlement_of(
         parent_id=id_text(request._parent_id) or None,
         pid=request.worker_pid,
         run_s=None if started is None else max(0.0, time.time() - started),
+        wait_s=None if started is None else _wait_s(request, started),
         failure=failure,
         args=shown.args,
         kwargs=shown.kwargs,
@@ -76,7 +81,40 @@ def settlement_of(
         chain_length=len(chain) if isinstance(chain, list | tuple) else 0,
         marks=request.marks,
         facts=facts or {},
+        is_silent=is_silent,
+        traceparent=traceparent_of(request.message.headers),
     )
+
+
+def ended_of(request: Any, outcome: Outcome) -> Ended:
+    """What is counted of a delivery, from its `ResilientRequest`."""
+    started = request.time_start
+    return Ended(
+        request._type,
+        request.deliveries.queue_of(request.message),
+        outcome,
+        (request._request_dict.get("retries") or 0) + 1,
+        None if started is None else max(0.0, time.time() - started),
+        None if started is None else _wait_s(request, started),
+    )
+
+
+def _wait_s(request: Any, started: float) -> float | None:
+    """
+    Seconds for which a task waited that might run already.
+
+    None of what was delivered before, or is replayed: it would wait for its first run.
+    """
+    marks = request.message.headers.get(HEADER)
+    marks = marks if isinstance(marks, dict) else {}
+    if request._delivery_info["redelivered"] or "replay" in marks:
+        return None
+    eta, sent_at = request._eta, marks.get(SENT_AT)
+    if eta is not None:
+        return max(0.0, float(started - eta.timestamp()))
+    if isinstance(sent_at, int | float):
+        return max(0.0, started - sent_at)
+    return None
 
 
 def failure_of_run(
@@ -115,6 +153,19 @@ def failure_of_run(
         described["exception"] = _celery.wrapped_type(exc) or described["exception"]
         return failure_of(described, traceback)
     return Failure(kind, message, cause, traceback)
+
+
+def reason_of_retry(
+    request: Any, exc: Retry
+) -> tuple[str | None, None, Mapping[str, Any]]:
+    """The type of what a run is retried for, no failure, and what is told of it."""
+    why: Any = exc.exc
+    if not isinstance(why, BaseException):
+        return None, None, {"delay_s": exc.when}
+    secrets = _shown_arguments(request).secrets
+    error = mask(safe_text(why, MAX_MESSAGE_CHARS), secrets)
+    kind = _celery.wrapped_type(why) or type_name(type(why))
+    return kind, None, {"delay_s": exc.when, "error": error}
 
 
 def plain_failure(exception: str, message: str, task: str) -> Failure:

@@ -6,17 +6,18 @@ In the worker's main process, as the lower half of its Request class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.outbox import Outgoing
 from celery_resilience.delivery.send_again import send_again
-from celery_resilience.delivery.settlement import settlement_of
+from celery_resilience.delivery.settlement import ended_of, settlement_of
 from celery_resilience.events import emit, observed
 from celery_resilience.failure import Failure
 from celery_resilience.message import OriginalMessage, has_past, marks_of
-from celery_resilience.outcome import EVENTS, Outcome
+from celery_resilience.outcome import ENDED, EVENTS, Outcome, Settlement
 
 if TYPE_CHECKING:
     CeleryRequest: TypeAlias = Any
@@ -76,6 +77,8 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
         reason: str | None = None,
         failure: Failure | None = None,
         facts: Mapping[str, Any] | None = None,
+        *,
+        is_silent: bool = False,
     ) -> None:
         """Decide, once, how the delivery ended; store what that asks for."""
         if not self._claim(outcome):
@@ -84,7 +87,11 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
         event = EVENTS[outcome]
         try:
             if failure is not None or self._has_past or observed(event):
-                settlement = settlement_of(self, outcome, reason, failure, facts or {})
+                settlement = settlement_of(
+                    self, outcome, reason, failure, facts, is_silent=is_silent
+                )
+                if is_silent:
+                    settlement = _with_more_facts(settlement)
                 if failure is not None or self._has_past:
                     original = deliveries.original(self.message)
                     self._store(deliveries.keeps.message_for(settlement, original))
@@ -108,7 +115,9 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
                 copy = send_again(original, delay_s=delay_s, marks=marks)
                 self._store(copy, keep=False)
             if observed(EVENTS[outcome]):
-                settlement = settlement_of(self, outcome, reason)
+                settlement = settlement_of(
+                    self, outcome, reason, facts={"delay_s": delay_s}
+                )
                 emit(EVENTS[outcome], settlement=settlement)
         finally:
             self.deliveries.gate.left(self)
@@ -120,6 +129,8 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
             return False
         self.settled_as = outcome
         self.deliveries.closed(self, outcome)
+        if observed(ENDED):
+            emit(ENDED, ended=ended_of(self, outcome))
         return True
 
     @property
@@ -161,3 +172,12 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
                 self.acknowledge()
             else:
                 self.reject(withheld[1])
+
+
+def _with_more_facts(settlement: Settlement) -> Settlement:
+    """*settlement* with what those say who report the failure, before it is stored."""
+    more: dict[str, Any] = {}
+    emit("delivery.failing_silently", settlement=settlement, more=more)
+    return (
+        replace(settlement, facts={**settlement.facts, **more}) if more else settlement
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from celery_resilience.events import emit
 from celery_resilience.failed.envelope import envelope, posted, settled
 from celery_resilience.failed.routes import Routes, failed_queue_for
 from celery_resilience.message import OriginalMessage, replay_of
@@ -75,7 +76,12 @@ class Capture:
         if settlement.outcome is Outcome.FAILED and is_replay:
             # Its record waits for an answer, whatever the routes say today.
             queue = queue or self._default_queue
+        if is_replay and settlement.outcome in (*FINAL, Outcome.FAILED):
+            emit(
+                "failed.replay_ended", task=settlement.task, outcome=settlement.outcome
+            )
         if failure is not None and queue is not None:
+            emit("failed.kept", task=settlement.task)
             document = envelope(
                 settlement,
                 original,

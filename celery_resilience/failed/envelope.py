@@ -5,13 +5,11 @@ Policy only: no Celery, no I/O, no clock of its own.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
-from decimal import Decimal
+from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,14 +17,14 @@ from uuid import UUID, uuid4
 from celery_resilience.failure import Failure, fingerprint_of
 from celery_resilience.message import (
     HEADER,
-    KEY,
     OriginalMessage,
     id_text,
     is_of_delivery,
     replay_of,
 )
 from celery_resilience.outcome import Outcome, Reason, Settlement
-from celery_resilience.redaction import safe_text
+from celery_resilience.packing import escaped, pack, tagged, untagged
+from celery_resilience.trace_ids import trace_id_of
 
 SCHEMA = 1
 CONTENT_TYPE = "application/json"
@@ -101,13 +99,9 @@ def envelope(
         "content_type": original.content_type,
         "body_kib": round(len(original.body) / 1024, 1),
         "release": release,
-        "trace_id": trace_id(original.headers),
+        "trace_id": settlement.trace_id or trace_id_of(original.headers),
         "sentry_event_id": settlement.facts.get("sentry_event_id"),
-        "idempotency_key": (
-            settlement.marks[KEY][0]
-            if KEY in settlement.marks
-            else settlement.facts.get("idempotency_key")
-        ),
+        "idempotency_key": settlement.idempotency_key,
         "original": pack(original),
     }
 
@@ -223,44 +217,6 @@ def message_name(packed: Mapping[str, Any]) -> str:
     return _digest(packed["body"], json.dumps(own, default=str, sort_keys=True))
 
 
-def trace_id(headers: Mapping[str, Any]) -> str | None:
-    """The W3C trace id that the sender wrote, if any (W3C Trace Context, 3.2)."""
-    parts = str(headers.get("traceparent") or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
-
-
-def pack(original: OriginalMessage) -> dict[str, Any]:
-    """A message as part of a document."""
-    return {
-        "body": base64.b64encode(original.body).decode(),
-        "headers": original.headers,
-        "properties": original.properties,
-        "content_type": original.content_type,
-        "content_encoding": original.content_encoding,
-        "exchange": original.exchange,
-        "routing_key": original.routing_key,
-        "queue": original.queue,
-        "redelivered": original.redelivered,
-        **({"is_broadcast": True} if original.is_broadcast else {}),
-    }
-
-
-def unpack(packed: Mapping[str, Any]) -> OriginalMessage:
-    """The message of a document, byte for byte."""
-    return OriginalMessage(
-        body=base64.b64decode(packed["body"]),
-        headers=dict(packed["headers"]),
-        properties=dict(packed["properties"]),
-        content_type=packed["content_type"],
-        content_encoding=packed["content_encoding"],
-        exchange=packed["exchange"],
-        routing_key=packed["routing_key"],
-        queue=packed["queue"],
-        redelivered=bool(packed.get("redelivered")),
-        is_broadcast=bool(packed.get("is_broadcast")),
-    )
-
-
 def posted(document: Mapping[str, Any]) -> OriginalMessage:
     """The message that carries a document to its failed queue."""
     return OriginalMessage(
@@ -278,10 +234,10 @@ def posted(document: Mapping[str, Any]) -> OriginalMessage:
 def dumps(document: Mapping[str, Any]) -> bytes:
     """A document as bytes; what JSON lacks is tagged with its type."""
     safe = {
-        name: _escaped(value) if name in ("arguments", "original") else value
+        name: escaped(value) if name in ("arguments", "original") else value
         for name, value in document.items()
     }
-    return json.dumps(safe, default=_tag, separators=(",", ":")).encode()
+    return json.dumps(safe, default=tagged, separators=(",", ":")).encode()
 
 
 def loads(data: bytes | str) -> dict[str, Any]:
@@ -292,7 +248,7 @@ def loads(data: bytes | str) -> dict[str, Any]:
         ValueError: It is not a document of ours, or of a later schema.
     """
     try:
-        document: Any = json.loads(data, object_hook=_untag)
+        document: Any = json.loads(data, object_hook=untagged)
     except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
         raise ValueError(f"not an envelope: {exc}") from exc
     kind = document.get("kind") if isinstance(document, dict) else None
@@ -392,43 +348,3 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "settled_at": _NUMBER,
     },
 }
-
-
-def _escaped(value: Any) -> Any:
-    """What a user wrote, so that `_untag` does not take it for a tag of ours."""
-    if isinstance(value, Mapping):
-        inner = {str(key): _escaped(part) for key, part in value.items()}
-        if len(inner) == 1 and next(iter(inner)).startswith("$"):
-            return {"$dict": list(inner.items())}
-        return inner
-    if isinstance(value, list | tuple):
-        return [_escaped(part) for part in value]
-    return value
-
-
-def _tag(value: Any) -> Any:
-    if isinstance(value, datetime | date):
-        return {"$datetime": value.isoformat()}
-    if isinstance(value, bytes | bytearray | memoryview):
-        return {"$bytes": base64.b64encode(bytes(value)).decode()}
-    if isinstance(value, Decimal):
-        return {"$decimal": str(value)}
-    if isinstance(value, UUID):
-        return str(value)
-    if isinstance(value, set | frozenset | tuple):
-        return list(value)
-    return safe_text(value)
-
-
-def _untag(value: dict[str, Any]) -> Any:
-    if len(value) == 1:
-        ((kind, text),) = value.items()
-        if kind == "$dict":
-            return dict(text)
-        if kind == "$datetime":
-            return datetime.fromisoformat(text)
-        if kind == "$bytes":
-            return base64.b64decode(text)
-        if kind == "$decimal":
-            return Decimal(text)
-    return value

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from celery_resilience.failed.envelope import SCHEMA, iso, unpack
+from celery_resilience.failed.envelope import SCHEMA, iso
 from celery_resilience.message import RETRY, OriginalMessage
 from celery_resilience.outcome import Reason
+from celery_resilience.packing import unpack
 
 #: The names of the public JSON, in their order.
 FIELDS = (

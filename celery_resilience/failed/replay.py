@@ -61,13 +61,14 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
     The message that is sent for *claim*.
 
     The original bytes, chain, links, stamps, priority and idempotency key; no retries
-    spent, no eta, no expiry, nothing of its past deliveries. The copy has a name of its
-    own, so that a worker tells it from another of the same replay.
+    spent, no eta, no expiry, nothing of its past deliveries; in a trace of its own, which
+    is linked to the original one. The copy has a name of its own, so that a worker tells
+    it from another of the same replay.
 
     Args:
         new_id: Another task id than the original one.
     """
-    message = claim.original.without_past()
+    message = claim.original.without_past().in_new_trace()
     headers = {k: v for k, v in message.headers.items() if k not in SPENT_HEADERS}
     properties = {k: v for k, v in message.properties.items() if k != "expiration"}
     if "id" in headers:
@@ -85,7 +86,7 @@ def replayed(claim: Claim, *, new_id: str | None = None) -> OriginalMessage:
             "copy": uuid4().hex,
             "number": claim.number,
         },
-        **({KEY: marks[KEY]} if KEY in marks else {}),
+        **{name: marks[name] for name in (KEY, "trace") if name in marks},
         **({"forced": True} if claim.is_forced else {}),
     }
     return replace(

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from celery_resilience.failed.envelope import dumps, loads, unpack
+from celery_resilience.failed.envelope import dumps, loads
 from celery_resilience.failed.merge import Record
 from celery_resilience.failed.record import (
     FailedTask,
@@ -17,6 +17,7 @@ from celery_resilience.failed.record import (
     tried_again,
 )
 from celery_resilience.failed.store import Claim, Kept
+from celery_resilience.packing import unpack
 from celery_resilience.redaction import cut, storable
 
 #: Characters of a message that a list and its filter see; the document has all.

@@ -13,7 +13,7 @@ from celery import bootsteps
 
 from celery_resilience import _celery, _pools, threads
 from celery_resilience._kombu import messages_in
-from celery_resilience.draining import SharedFlags
+from celery_resilience.draining import SharedFlags, unshare
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
 from celery_resilience.lifecycle.health import Since
@@ -22,7 +22,7 @@ from celery_resilience.lifecycle.policy import (
     StopConditions,
     is_idle_long_enough,
 )
-from celery_resilience.lifecycle.server import HealthServer
+from celery_resilience.lifecycle.server import HealthServer, Pages
 from celery_resilience.lifecycle.signals import Interrupter, kill
 from celery_resilience.lifecycle.watch import HealthWatch
 from celery_resilience.outcome import Reason, Settlement
@@ -46,6 +46,8 @@ class Lifecycle:
         drain_timeout_s: See `Drain`.
         conditions: When it drains by itself.
         health_address: Where `/live` and `/ready` are answered; None: nowhere.
+        pages_address, pages: Where others' pages are shown, which may be the same
+            address, and what they are by their paths.
         waiting_at_gate: How many requests wait to run alone.
         hand_back: Returns what no pool was given, once nothing is consumed any more.
         ask_store: Raises what the store says where it does not answer; None: there is
@@ -66,6 +68,8 @@ class Lifecycle:
         waiting_at_gate: Callable[[], set[Any]] = set,
         hand_back: Callable[[], None] = lambda: None,
         ask_store: Callable[[], None] | None = None,
+        pages_address: tuple[str, int] | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self.hand_back = hand_back
         self.worker = worker
@@ -78,8 +82,10 @@ class Lifecycle:
         self._is_program = False
         self._stops: list[Any] = []
         self._watch = HealthWatch(self, waiting_at_gate, ask_store)
-        self._server: HealthServer | None = None
+        self._servers: list[HealthServer] = []
         self._address = health_address
+        self._pages_address = pages_address
+        self._pages = pages or {}
         self._closed = 0
         self._consumed: dict[str, Any] = {}
         self._timer: Any = None
@@ -113,8 +119,9 @@ class Lifecycle:
         threads.start_deaf(Timekeeper(self.drain, self).run, "drain")
         if self.conditions.words():
             threads.start_deaf(self._look_at_conditions, "stop-conditions")
-        if self._server is not None:
-            self._server.serve()
+        for server in self._servers:
+            server.serve()
+        if self._address is not None:
             threads.start_deaf(self._watch.run, "health-watch")
 
     def _look_into(self, pool: Any) -> None:
@@ -127,20 +134,26 @@ class Lifecycle:
 
     def listen(self) -> None:
         """
-        Take the health port, before the pool forks.
+        Take the ports, before the pool forks.
 
         Raises:
-            ConfigurationError: It is taken.
+            ConfigurationError: One is taken.
         """
+        watch, shown = self._watch, self._pages
         if self._address is not None:
-            watch = self._watch
             answers = {"/live": watch.live, "/ready": watch.ready}
-            self._server = HealthServer(self._address, answers, watch.facts)
+            pages = shown if self._pages_address == self._address else {}
+            server = HealthServer(self._address, answers, watch.facts, pages)
+            self._servers.append(server)
+        if self._pages_address not in (None, self._address):
+            assert self._pages_address is not None
+            server = HealthServer(self._pages_address, {}, dict, shown, "metrics_port")
+            self._servers.append(server)
 
     def forked(self) -> None:
         """Child: let go what is the main process's alone."""
-        if self._server is not None:
-            self._server.close_in_child()
+        for server in self._servers:
+            server.close_in_child()
 
     # --- the connection ------------------------------------------------------------------
 
@@ -223,7 +236,8 @@ class Lifecycle:
             if timeout_s is None
             else f"drains for at most {timeout_s:g} s",
             self.conditions.words(),
-            self._address and f"health on {self._address[0] or '*'}:{self._address[1]}",
+            _where("health", self._address),
+            _where("metrics", self._pages_address),
         ]
         return "; ".join(filter(None, found))
 
@@ -252,8 +266,9 @@ class Lifecycle:
     def ended(self) -> None:
         """The worker is stopped; its process may go on."""
         self.settled()
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
+        unshare(self.flags)
         self.drain.has_ended.set()
 
     # --- what is cut off ------------------------------------------------------------------
@@ -325,9 +340,15 @@ class Lifecycle:
     def exit_now(self, code: int) -> None:
         """End this process, unless it is somebody else's."""
         if self._is_program:
+            # What ends in the usual way flushes at its exit.
+            emit("lifecycle.exiting", code=code)
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)
+
+
+def _where(what: str, address: tuple[str, int] | None) -> str:
+    return "" if address is None else f"{what} on {address[0] or '*'}:{address[1]}"
 
 
 def _no_worker() -> None:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX, Event, RLock
-from typing import Protocol
+from typing import Any, Protocol
 
 from celery_resilience.lifecycle.policy import ExitCode, exit_code, meaning
 
@@ -155,6 +155,15 @@ class Drain:
             else ""
         )
         return f"{meaning(code)} ({why}{cut}); exit code {code}"
+
+    def facts(self) -> dict[str, Any]:
+        """The same by name, for a log that is searched."""
+        return {
+            "why": self.asked.why if self.asked else "an error",
+            "exit_code": self.code or 0,
+            "put_back": self.put_back,
+            "cut_off": self.lost,
+        }
 
     def left_s(self) -> float | None:
         """Seconds until the deadline; None: there is none."""

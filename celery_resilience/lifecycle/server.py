@@ -1,9 +1,10 @@
-"""Answers `/live` and `/ready` over HTTP, in a thread beside the main loop."""
+"""Answers `/live`, `/ready` and others' pages over HTTP, beside the main loop."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
@@ -19,6 +20,11 @@ CLIENT_S = 5.0
 
 Answers = dict[str, Callable[[], Answer]]
 
+#: A page takes what the client accepts, and returns its content type and itself.
+Pages = dict[str, Callable[[str], tuple[str, bytes]]]
+
+logger = logging.getLogger("celery_resilience.lifecycle")
+
 
 class HealthServer:
     """
@@ -28,6 +34,8 @@ class HealthServer:
         address: Host, "" for every address of this one, and port.
         answers: What is asked at each path.
         facts: Told beside each answer.
+        pages: What others show, by its path.
+        setting: By which the address was given.
 
     Raises:
         ConfigurationError: The address is taken, or is none of this host.
@@ -38,14 +46,17 @@ class HealthServer:
         address: tuple[str, int],
         answers: Answers,
         facts: Callable[[], dict[str, Any]],
+        pages: Pages | None = None,
+        setting: str = "health_port",
     ) -> None:
-        handler = type("Handler", (_Handler,), {"answers": answers, "facts": facts})
+        shown = {"answers": answers, "facts": facts, "pages": pages or {}}
+        handler = type("Handler", (_Handler,), shown)
         host, port = address
         try:
             listening = _listen(host, port)
         except OSError as exc:
             raise ConfigurationError(
-                f"resilience_health_port: cannot listen on {host or '*'}:{port}: {exc}"
+                f"resilience_{setting}: cannot listen on {host or '*'}:{port}: {exc}"
             ) from exc
         self._server = _Server(("", 0), handler, bind_and_activate=False)
         self._server.socket.close()
@@ -89,6 +100,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     answers: Answers
     facts: Callable[[], dict[str, Any]]
+    pages: Pages
 
     timeout = CLIENT_S
     server_version = "celery-resilience"
@@ -97,9 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with 200 or 503, and why."""
         path = self.path.partition("?")[0].rstrip("/")
+        show = self.pages.get(path)
+        if show is not None:
+            self._show(show)
+            return
         ask = self.answers.get(path)
         if ask is None:
-            paths = sorted(self.answers)
+            paths = sorted([*self.answers, *self.pages])
             self._send(HTTPStatus.NOT_FOUND, {"paths": paths})
             return
         answer = ask()
@@ -110,10 +126,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def _show(self, show: Callable[[str], tuple[str, bytes]]) -> None:
+        try:
+            kind, data = show(", ".join(self.headers.get_all("Accept", ())))
+        except Exception:
+            logger.exception("cannot show %s", self.path)
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "see the log"})
+            return
+        self._send_bytes(HTTPStatus.OK, kind, data)
+
     def _send(self, status: HTTPStatus, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode() + b"\n"
+        self._send_bytes(status, "application/json", json.dumps(body).encode() + b"\n")
+
+    def _send_bytes(self, status: HTTPStatus, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()

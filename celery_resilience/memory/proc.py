@@ -116,3 +116,13 @@ def own_kib_of(pid: int) -> int | None:
         return (int(fields[1]) - int(fields[2])) * (os.sysconf("SC_PAGE_SIZE") // 1024)
     except (OSError, IndexError, ValueError):
         return None
+
+
+def rss_mib_of(pid: int) -> float | None:
+    """Another process's resident memory; None: it has ended."""
+    try:
+        pages = int((PROC / str(pid) / "statm").read_bytes().split()[1])
+        # One that has ended, and was not waited for, has none.
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 1_048_576, 1) or None
+    except (OSError, IndexError, ValueError):
+        return None

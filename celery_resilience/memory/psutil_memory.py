@@ -55,3 +55,9 @@ def own_kib_of(pid: int) -> int | None:
         return int(psutil.Process(pid).memory_info().rss) // 1024
     except psutil.Error:
         return None
+
+
+def rss_mib_of(pid: int) -> float | None:
+    """The same in MiB."""
+    kib = own_kib_of(pid)
+    return None if kib is None else round(kib / 1024, 1)

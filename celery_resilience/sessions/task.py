@@ -61,19 +61,26 @@ class Sessions:
         if self._sqlalchemy is None and SQLALCHEMY in sys.modules:
             from celery_resilience.sessions import sqlalchemy_runs
 
-            sqlalchemy_runs.attach()
+            sqlalchemy_runs.attach(self.hear_results)
             self._sqlalchemy = sqlalchemy_runs
         if self._django is None and DJANGO in sys.modules:
             from celery_resilience.sessions import django_runs
 
-            if django_runs.attach():
+            if django_runs.attach(self.hear_results):
                 self._django = django_runs
-        if not self._has_signals and (self._sqlalchemy or self._django):
+
+    def hear_results(self) -> None:
+        """
+        A library is used: hear of each result from now on.
+
+        The signal costs each run some microseconds, also those of other tasks.
+        """
+        if not self._has_signals:
             self._has_signals = True
+            uid = "celery_resilience.sessions"
+            signals.task_postrun.disconnect(dispatch_uid=uid)
             signals.task_postrun.connect(
-                self.after_result,
-                weak=False,
-                dispatch_uid="celery_resilience.sessions",
+                self.after_result, weak=False, dispatch_uid=uid
             )
 
     def before(self, task: Any, request: Any) -> None:
@@ -125,12 +132,15 @@ class Sessions:
         if leaks:
             self._tell(run, leaks, exc)
 
-    def after_result(self, sender: Any = None, **_: Any) -> None:
+    def after_result(self, sender: Any = None, task_id: Any = None, **_: Any) -> None:
         """The result is stored: what came after the body is cleaned too."""
         run = current.get()
-        # One without a name has what was done around a body that did not run.
-        if run is None or (run.name and getattr(sender, "name", "") != run.name):
+        if run is None:
             return
+        # One without a name has what was done around a body that did not run.
+        is_others = run.task_id != task_id if run.name else sender.request.is_eager
+        if is_others:
+            return  # applied within this one, and perhaps the very same task
         try:
             if run.libraries or self._django is not None:
                 self._end(run)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, TypeVar
 
+import sqlalchemy
 from sqlalchemy import (
     Column,
     Connection,
@@ -55,8 +56,14 @@ Result = TypeVar("Result")
 metadata = MetaData()
 
 
+#: Before 2.1 SQLAlchemy refuses a table's storage parameters. They only save time.
+_KNOWS_STORAGE = tuple(map(int, sqlalchemy.__version__.split(".")[:2])) >= (2, 1)
+
+
 def table(name: str, *columns: Any, **options: Any) -> Table:
     """A table of a room's, which compares texts alike in every database."""
+    if not _KNOWS_STORAGE:
+        options.pop("postgresql_with", None)
     return Table(name, metadata, *columns, **TABLE_OPTIONS, **options)
 
 

@@ -1,174 +1,161 @@
-"""One structured record for each failed delivery, and a line at start and stop.
+"""One structured record for each failed delivery, and a line for what comes again.
 
-Records of logger `celery_resilience.failed` carry their facts as the attribute
-`failure`, a dict, whatever the format of their text.
+Records carry their facts as attributes, whatever the format of their text.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from threading import Event, RLock
+from typing import Any
 
 from celery_resilience.events import observe
-from celery_resilience.outcome import Outcome, Settlement
-from celery_resilience.redaction import cut, printable
+from celery_resilience.outcome import EVENTS, Outcome, Settlement
+from celery_resilience.redaction import printable
+from celery_resilience.telemetry.log_facts import (
+    failure_facts,
+    failure_sentence,
+    outcome_facts,
+    outcome_sentence,
+)
+from celery_resilience.telemetry.log_format import tell
+from celery_resilience.telemetry.log_storm import Storms, Summary
+from celery_resilience.threads import start_deaf
 
 failed_logger = logging.getLogger("celery_resilience.failed")
-worker_logger = logging.getLogger("celery_resilience.worker")
+outcome_logger = logging.getLogger("celery_resilience.outcome")
 
-MAX_LOGGED_MESSAGE_CHARS = 1_000
+#: Failures of one fingerprint that are told one by one within a window.
+STORM_LIMIT = 20
+STORM_WINDOW_S = 60.0
+
+#: Outcomes of which a line is told; of the others Celery, or the room that decides, has
+#: said enough.
+TOLD = (Outcome.RETRIED, Outcome.SKIPPED, Outcome.SNOOZED)
 
 
 class FailureLog:
     """
-    Logs each failed delivery once.
+    Logs each failed delivery once; of a storm, the first ones and their number.
 
     Args:
         log_format: "json", "logfmt", or None for a sentence.
-    """
-
-    def __init__(self, log_format: str | None) -> None:
-        self._format = _FORMATS[log_format]
-
-    def attach(self) -> None:
-        """Hear of failed deliveries from now on, in place of an earlier log."""
-        global _stop
-        if _stop is not None:
-            _stop()
-        _stop = observe("delivery.failed", self.failed)
-
-    def failed(self, settlement: Settlement) -> None:
-        """Write one record."""
-        if failed_logger.isEnabledFor(logging.ERROR):
-            facts = failure_facts(settlement)
-            failed_logger.error("%s", self._format(facts), extra={"failure": facts})
-
-
-_stop: Callable[[], None] | None = None
-_stop_worker_log: Callable[[], None] | None = None
-
-
-def failure_facts(settlement: Settlement) -> dict[str, Any]:
-    """What a log tells of a failed delivery; everything in it is redacted."""
-    failure = settlement.failure
-    facts = {
-        "event": "task_failed",
-        "task": settlement.task,
-        "task_id": settlement.task_id,
-        "root_id": settlement.root_id,
-        "parent_id": settlement.parent_id,
-        "attempt": settlement.attempt,
-        "queue": settlement.queue,
-        "reason": str(settlement.reason),
-        "exception": failure.exception if failure else None,
-        "message": cut(failure.message, MAX_LOGGED_MESSAGE_CHARS) if failure else None,
-        "fingerprint": failure.fingerprint if failure else None,
-        "runtime_s": None if settlement.run_s is None else round(settlement.run_s, 6),
-        "worker": settlement.worker,
-        "pid": settlement.pid,
-        "args": settlement.args,
-        "kwargs": settlement.kwargs,
-    }
-    return {
-        name: printable(value, keep_newlines=True) if isinstance(value, str) else value
-        for name, value in facts.items()
-    }
-
-
-def _sentence(facts: Mapping[str, Any]) -> str:
-    runtime = facts["runtime_s"]
-    took = "" if runtime is None else f" after {runtime:.3f} s"
-    return printable(
-        f"task failed: {facts['task'] or '(no task)'}[{facts['task_id'] or 'no id'}] "
-        f"{facts['reason']}: {facts['exception']}: {facts['message']} "
-        f"(attempt {facts['attempt']}, queue {facts['queue']}{took}, "
-        f"group {facts['fingerprint']})"
-    )
-
-
-def _logfmt(facts: Mapping[str, Any]) -> str:
-    return " ".join(
-        f"{name}={_logfmt_value(value)}"
-        for name, value in facts.items()
-        if value is not None
-    )
-
-
-def _logfmt_value(value: Any) -> str:
-    text = printable(str(value))
-    if text and not any(c in text for c in ' ="'):
-        return text
-    return json.dumps(text, ensure_ascii=False)
-
-
-_FORMATS: Mapping[str | None, Callable[[Mapping[str, Any]], str]] = {
-    None: _sentence,
-    "json": json.dumps,
-    "logfmt": _logfmt,
-}
-
-
-class Counts(Protocol):
-    """What a worker counted."""
-
-    @property
-    def received(self) -> int: ...
-
-    @property
-    def counts(self) -> Mapping[Outcome, int]: ...
-
-
-class WorkerLog:
-    """
-    One line when the worker starts, and one when it stops.
-
-    Args:
-        deliveries: What the worker counted.
-        start_line: What to say at the start.
-        end: How the worker ended, in a few words.
+        clock: Monotonic seconds.
+        rss_mib_of: What a process has, by its pid; None: it has ended.
+        storm_limit: Failures of one fingerprint that are told one by one in a window.
+        storm_window_s: Seconds of a window.
     """
 
     def __init__(
         self,
-        deliveries: Counts,
-        start_line: Callable[[], str],
-        end: Callable[[], str],
+        log_format: str | None,
+        *,
+        clock: Callable[[], float],
+        rss_mib_of: Callable[[int], float | None] = lambda _: None,
+        storm_limit: int = STORM_LIMIT,
+        storm_window_s: float = STORM_WINDOW_S,
     ) -> None:
-        self._deliveries = deliveries
-        self._start_line = start_line
-        self._end = end
-        self._started_at = time.monotonic()
-        self._is_started = False
+        self._format = log_format
+        self._clock = clock
+        self._rss_mib_of = rss_mib_of
+        self._storms = Storms(storm_limit, storm_window_s)
+        #: A signal's handler may settle a task in the thread that has it.
+        self._lock = RLock()
+        self._is_watched = False
+        self._has_ended = Event()
 
     def attach(self) -> None:
-        """Hear of the worker's end, in place of an earlier one."""
-        global _stop_worker_log
-        if _stop_worker_log is not None:
-            _stop_worker_log()
-        _stop_worker_log = observe("lifecycle.stopped", self.stopped)
+        """Hear of deliveries from now on, in place of an earlier log."""
+        global _stops
+        for stop in _stops:
+            stop()
+        _stops = [
+            observe(EVENTS[Outcome.FAILED], self.failed),
+            *(observe(EVENTS[outcome], self.ended) for outcome in TOLD),
+            observe("lifecycle.stopped", self.stopped),
+        ]
 
-    def started(self, warnings: Iterable[str]) -> None:
-        """Say what is kept where; and once, what is weaker than it should be."""
-        if self._is_started:
-            return  # the consumer has reconnected
-        self._is_started = True
-        if worker_logger.level == logging.NOTSET:
-            # `celery worker` logs warnings only, unless it is told otherwise.
-            worker_logger.setLevel(logging.INFO)
-        worker_logger.info("%s", self._start_line())
-        for warning in warnings:
-            worker_logger.warning("%s", warning)
+    def failed(self, settlement: Settlement) -> None:
+        """Write one record, or count it for a summary."""
+        if not failed_logger.isEnabledFor(logging.ERROR):
+            return
+        fingerprint = settlement.failure.fingerprint if settlement.failure else ""
+        with self._lock:
+            now = self._clock()
+            due = self._storms.due(now)
+            is_told = self._storms.is_told(fingerprint, now)
+            if not is_told:
+                self._storms.added(fingerprint, _last_of(settlement))
+                self._watch()
+        self._sum_up(due)
+        if is_told:
+            pid = settlement.pid
+            rss_mib = None if pid is None else self._rss_mib_of(pid)
+            facts = failure_facts(settlement, rss_mib)
+            sentence = failure_sentence(facts)
+            tell(failed_logger, logging.ERROR, facts, sentence, self._format)
+
+    def ended(self, settlement: Settlement) -> None:
+        """Write the line of a delivery that was retried, skipped or snoozed."""
+        if outcome_logger.isEnabledFor(logging.INFO):
+            facts = outcome_facts(settlement)
+            sentence = outcome_sentence(settlement.outcome, facts)
+            tell(outcome_logger, logging.INFO, facts, sentence, self._format)
 
     def stopped(self, **_: Any) -> None:
-        """Say what became of the deliveries, and how the worker ended."""
-        counts = self._deliveries.counts
-        worker_logger.info(
-            "stopped after %.0f s: %d deliveries%s; %s",
-            time.monotonic() - self._started_at,
-            self._deliveries.received,
-            "".join(f", {n} {o}" for o in Outcome if (n := counts.get(o, 0))),
-            self._end(),
-        )
+        """The worker ends: sum up what waits for it."""
+        self._has_ended.set()
+        with self._lock:
+            rest = self._storms.rest()
+        self._sum_up(rest)
+
+    def _watch(self) -> None:
+        if not self._is_watched:
+            self._is_watched = True
+            start_deaf(self._sum_up_in_time, "failure-log")
+
+    def _sum_up_in_time(self) -> None:
+        """A thread's, for as long as there is a storm."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                due = self._storms.due(now)
+                wait_s = self._storms.due_in_s(now)
+                self._is_watched = wait_s is not None
+            self._sum_up(due)
+            if wait_s is None or self._has_ended.wait(wait_s):
+                return
+
+    def _sum_up(self, summaries: list[Summary]) -> None:
+        for summary in summaries:
+            facts = {
+                "event": "failures_summarised",
+                "more": summary.more,
+                **summary.last,
+            }
+            sentence = printable(
+                f"... and {summary.more} more of group {facts['fingerprint']} "
+                f"({facts['task'] or '(no task)'}, {facts['reason']}), "
+                f"last id {facts['task_id'] or '(none)'}"
+            )
+            tell(failed_logger, logging.ERROR, facts, sentence, self._format)
+
+
+_stops: list[Callable[[], None]] = []
+
+
+def _last_of(settlement: Settlement) -> dict[str, Any]:
+    failure = settlement.failure
+    facts = {
+        "fingerprint": failure.fingerprint if failure else None,
+        "task": settlement.task,
+        "reason": str(settlement.reason),
+        "exception": failure.exception if failure else None,
+        "task_id": settlement.task_id,
+        "worker": settlement.worker,
+    }
+    return {
+        name: printable(value) if isinstance(value, str) else value
+        for name, value in facts.items()
+    }

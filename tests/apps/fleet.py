@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batch_tasks
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
+import metric_tasks
 import retry_tasks
 import stream_tasks
 from celery import Celery, Task, signals
@@ -56,7 +59,9 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
             queues by their names, each bound to a topic exchange of its name; and
             `fleet_broadcast`, what every worker listens to besides; and
-            `fleet_database`, see `session_tasks`.
+            `fleet_database`, see `session_tasks`; and `fleet_log`, see `log_tasks`; and
+            `fleet_databases`, several of them by the prefixes of their tasks; and
+            `fleet_constants`, see `fleet_worker`.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
@@ -86,8 +91,18 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         import session_tasks
 
         session_tasks.register(app, base, note, conf)
+    if "fleet_log" in conf:
+        import log_tasks
+
+        log_tasks.register(app, base, conf["fleet_log"])
+    for prefix, database in conf.get("fleet_databases", {}).items():
+        import session_tasks
+
+        session_tasks.register(app, base, note, database, prefix)
     if not is_plain:
         circuit_tasks.register(app, base, note)
+        batch_tasks.register(app, base, note)
+        metric_tasks.register(app, base, conf)
         retry_tasks.register(app, base, note)
     return app
 
@@ -537,6 +552,24 @@ def _register(app: Celery, base: Any) -> None:
         from effects import have_effect
 
         return have_effect(url, number, is_keyed=is_keyed)
+
+    @task(name="expected", throws=(LookupError,))
+    def expected(self: Any) -> None:
+        started(self)
+        raise LookupError("as it may be")
+
+    @task(name="telltale", acks_late=True, redact=["pin_of_customer"], max_retries=1)
+    def telltale(
+        self: Any, how: str, password: str, customer: Any, pin_of_customer: str
+    ) -> None:
+        started(self)
+        secrets = f"{password} {customer['card_number']} {pin_of_customer}"
+        logging.getLogger("shop").error("about to fail with %s", secrets)
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "retry" and not self.request.retries:
+            raise self.retry(exc=ValueError(secrets), countdown=0)
+        raise ValueError(secrets)
 
     @task(name="hidden", redact=["iban_of_customer"])
     def hidden(self: Any, iban_of_customer: str, note: str = "") -> None:

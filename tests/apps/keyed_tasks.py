@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from celery_resilience import Skip
+from celery_resilience import Skip, soft_limit
 
 
 def once_here(name: str) -> bool:
@@ -142,6 +142,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
 
     @task(name="keyed_soft", idempotency_key="s:{name}", soft_time_limit=1)
     def keyed_soft(self: Any, name: str) -> str:
+        note("handlers wait", soft_limit._waiting is not None)
         note(self.name, self.request.id, self.request.retries, key_of(self))
         return name
 

@@ -33,6 +33,7 @@ def test_a_soft_limit_while_the_key_is_taken_frees_it(
         assert fleet.runs(first) == 0
 
         assert ends(fleet, fleet.send("keyed_soft", "a").id, within_s=20) == ["a"]
+        assert fleet.notes("handlers wait") == [["handlers wait", True]] * 2
         worker.stop()
 
 

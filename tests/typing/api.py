@@ -6,7 +6,9 @@ it must be: an ignore that ignores nothing is itself an error of both checkers.
 
 from __future__ import annotations
 
-from typing import assert_type
+import logging
+from collections.abc import MutableMapping
+from typing import Any, assert_type
 
 from celery import Celery, shared_task
 from pybreaker import CircuitBreaker
@@ -26,7 +28,11 @@ from celery_resilience import (
     ResilientTask,
     Skip,
     Snooze,
+    TaskContext,
     TaskOptions,
+    TooManyErrors,
+    add_task_context,
+    batch,
     once,
     purge_once,
 )
@@ -40,6 +46,8 @@ Resilience().init_app(app)
 answers = resilience.resource(bytearray, bytearray.clear, scope="child")
 assert_type(answers(), bytearray)
 assert_type(celery_resilience.__version__, str)
+logging.getLogger().addFilter(TaskContext(missing="-"))
+assert_type(add_task_context(None, "info", {"event": "x"}), MutableMapping[str, Any])
 
 
 @app.task(base=ResilientTask)
@@ -70,6 +78,31 @@ def pay(self: ResilientTask, order_id: int) -> int:
     """A call through a circuit, and one through another."""
     with self.resilience.circuit("mail"):
         return order_id
+
+
+@app.task(base=ResilientTask, bind=True)
+def enrich(self: ResilientTask, rows: list[int]) -> int:
+    """A batch of a task, with what it comes to."""
+    with self.resilience.batch(
+        "rows", skip=ValueError, keep_failed=pay.s, key=int
+    ) as b:
+        for row in b.items(rows):
+            with b.item(row):
+                pay(row)
+        assert_type(b.report["samples"][0]["id"], str)
+    return b.report["ok"]
+
+
+def enrich_by_hand(rows: list[int]) -> str:
+    """One of no task."""
+    try:
+        with batch("rows", skip=(ValueError, KeyError), concurrency=4) as made:
+            for row, zone in made.map(str, rows):
+                with made.item(row):
+                    enrich(zone)
+    except TooManyErrors as exc:
+        return str(exc.report["failed"])
+    return made.name
 
 
 def owe(order_id: int) -> int:

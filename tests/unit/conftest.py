@@ -25,6 +25,9 @@ from celery_resilience.failed.store import FailedTaskStore
 from celery_resilience.idempotency.redis_store import LIMITS, RedisKeyStore
 from celery_resilience.idempotency.sql_store import SqlKeyStore
 from celery_resilience.idempotency.store import KeyStore
+from celery_resilience.shelf.redis_store import RedisShelfStore
+from celery_resilience.shelf.sql_store import SqlShelfStore
+from celery_resilience.shelf.store import ShelfStore
 from celery_resilience.stores.redis import RedisServer
 from celery_resilience.stores.sql import SqlDatabase
 
@@ -131,6 +134,12 @@ class Backend:
         if self._url.startswith("redis"):
             return RedisCheckpointStore(self._redis(namespace))
         return SqlCheckpointStore(self._database(), namespace)
+
+    def shelf(self, namespace: str) -> ShelfStore:
+        """The snoozed messages of an app that wait."""
+        if self._url.startswith("redis"):
+            return RedisShelfStore(self._redis(namespace))
+        return SqlShelfStore(self._database(), namespace)
 
     def close(self) -> None:
         """Close every connection."""

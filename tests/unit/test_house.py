@@ -378,7 +378,7 @@ def test_installing_is_what_turns_it_on() -> None:
         """
     )
 
-    assert printed.split() == ["1", "9"]
+    assert printed.split() == ["1", "10"]
 
 
 HEAVY = ["sqlalchemy", "rich", "psutil", "celery_resilience.failed"]
@@ -426,6 +426,25 @@ def test_an_installed_app_is_light_until_it_is_used() -> None:
     )
 
     assert printed == "[]"
+
+
+def test_installing_leaves_celerys_consumer_to_be_imported_later() -> None:
+    """It keeps a function that sentry-sdk's `init` replaces, perhaps after us."""
+    printed = run_python(
+        """
+        import sys
+        from celery import Celery
+        from celery_resilience import Resilience, ResilientTask
+
+        app = Celery("shop", set_as_current=False, broker="memory://")
+        Resilience(app)
+        app.task(base=ResilientTask, name="t")(print)
+        app.finalize()
+        print("celery.worker.consumer.consumer" in sys.modules)
+        """
+    )
+
+    assert printed == "False"
 
 
 # --- the door -------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ from celery import Celery
 from celery.app.task import Context
 from unit.specimens import fresh_name, replay_mark
 
-from celery_resilience import ConfigurationError, ResilientTask, Skip
+from celery_resilience import ConfigurationError, ResilientTask, Skip, soft_limit
 from celery_resilience.message import HEADER
 from celery_resilience.soft_limit import soft_limit_deferred
 
@@ -182,26 +185,108 @@ def test_a_retry_without_a_replay_has_no_mark(app: Celery) -> None:
     task.pop_request()
 
 
-def test_a_soft_limit_waits_for_our_own_code() -> None:
-    """The signal is held back inside, and comes behind."""
-    heard: list[str] = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("soft limit"))
+@contextlib.contextmanager
+def soft_limit_handler(handle: Any, *, waits: bool) -> Iterator[None]:
+    """Hear soft limits as a process does that has no children, or as a child."""
+    before = signal.signal(signal.SIGUSR1, handle)
     try:
-        with soft_limit_deferred():
-            signal.raise_signal(signal.SIGUSR1)
-            heard.append("our code")
+        if waits:
+            soft_limit.let_handlers_wait()
+        yield
     finally:
+        soft_limit._waiting = None
         signal.signal(signal.SIGUSR1, before)
 
-    assert heard == ["our code", "soft limit"]
+
+@pytest.mark.parametrize("waits", [False, True], ids=["held back", "waits"])
+def test_a_soft_limit_waits_for_our_own_code(waits: bool) -> None:
+    """The signal has no effect inside, and comes behind the outermost block."""
+    heard: list[str] = []
+    with soft_limit_handler(lambda *_: heard.append("soft limit"), waits=waits):
+        with soft_limit_deferred():
+            with soft_limit_deferred():
+                signal.raise_signal(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR1)
+                heard.append("our code")
+            heard.append("still ours")
+        heard.append("the body")
+        signal.raise_signal(signal.SIGUSR1)
+
+    assert heard == ["our code", "still ours", "soft limit", "the body", "soft limit"]
 
 
-def test_a_soft_limit_that_was_blocked_stays_blocked() -> None:
-    """By whoever blocked it; ours ends with our block, also with an error."""
-    with pytest.raises(KeyError), soft_limit_deferred(), soft_limit_deferred():
-        raise KeyError
+@pytest.mark.parametrize("waits", [False, True], ids=["held back", "waits"])
+def test_our_code_that_fails_is_left_all_the_same(waits: bool) -> None:
+    """A soft limit is heard at once then."""
+    heard: list[str] = []
+    with soft_limit_handler(lambda *_: heard.append("soft limit"), waits=waits):
+        with pytest.raises(KeyError), soft_limit_deferred(), soft_limit_deferred():
+            raise KeyError
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard == ["soft limit"]
 
     assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_thread_of_the_bodys_holds_no_soft_limit_up() -> None:
+    """It is for the thread that runs the body, which is not in our code."""
+    heard: list[str] = []
+    inside, leave = threading.Event(), threading.Event()
+
+    def be_inside() -> None:
+        with soft_limit_deferred():
+            inside.set()
+            leave.wait(10)
+
+    with soft_limit_handler(lambda *_: heard.append("soft limit"), waits=True):
+        thread = threading.Thread(target=be_inside)
+        thread.start()
+        inside.wait(10)
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard == ["soft limit"]
+        leave.set()
+        thread.join()
+
+
+def over_both_limits(heard: list[str]) -> None:
+    """Our code, in which both signals come."""
+    assert soft_limit.MEMORY_SIGNAL is not None
+    with soft_limit_deferred():
+        os.kill(os.getpid(), soft_limit.MEMORY_SIGNAL)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        heard.append("our code")
+
+
+def test_the_signal_of_memory_waits_as_a_soft_limit_does() -> None:
+    """What the first of them raises ends our code; the other is not heard of again."""
+    heard: list[str] = []
+    assert soft_limit.MEMORY_SIGNAL is not None
+
+    def over_memory(*_: object) -> None:
+        heard.append("memory")
+        raise MemoryError
+
+    with soft_limit_handler(lambda *_: heard.append("soft limit"), waits=True):
+        handler: Any = soft_limit.waiting_handler(over_memory)
+        before = signal.signal(soft_limit.MEMORY_SIGNAL, handler)
+        try:
+            with pytest.raises(MemoryError):
+                over_both_limits(heard)
+        finally:
+            signal.signal(soft_limit.MEMORY_SIGNAL, before)
+
+    assert heard == ["our code", "memory"]
+
+
+def test_a_process_that_hears_no_soft_limit_waits_for_none() -> None:
+    """As one in which somebody ignores the signal."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        soft_limit.let_handlers_wait()
+        assert soft_limit._waiting is None
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class Turnstile:
@@ -220,8 +305,9 @@ class Turnstile:
         self.left.append((permit, exc))
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["held back", "waits"])
 def test_a_permit_is_given_back_where_a_soft_limit_came_with_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
     """The body has not run, and nobody else would give it back."""
 
@@ -233,18 +319,17 @@ def test_a_permit_is_given_back_where_a_soft_limit_came_with_it(
 
     app = Celery("shop", set_as_current=False)
 
-    @app.task(base=ResilientTask, name="guarded")
+    @app.task(base=ResilientTask, name=f"guarded {waits}")
     def guarded() -> None:
         raise AssertionError("it is not run")
 
-    task: Any = app.tasks["guarded"]
+    task: Any = app.tasks[f"guarded {waits}"]
     turnstile = Turnstile()
     monkeypatch.setattr(type(task), "_circuit", turnstile)
-    before = signal.signal(signal.SIGUSR1, raise_it)
-    try:
-        with pytest.raises(SoftLimit) as raised:
-            task._run_guarded(None, None, (), {})
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with (
+        soft_limit_handler(raise_it, waits=waits),
+        pytest.raises(SoftLimit) as raised,
+    ):
+        task._run_guarded(None, None, (), {})
 
     assert turnstile.left == [("permit", raised.value)]

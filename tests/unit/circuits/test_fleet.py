@@ -15,7 +15,8 @@ from unit.specimens import fresh_name
 
 from celery_resilience.circuits import fleet as fleet_module
 from celery_resilience.circuits import policy
-from celery_resilience.circuits.fleet import Circuit, Circuits, Permit
+from celery_resilience.circuits.circuit import Circuit, Permit
+from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.circuits.memory_store import MemoryCircuitStore
 from celery_resilience.circuits.options import CircuitOptions
 from celery_resilience.circuits.page import SLOT, Note, Page

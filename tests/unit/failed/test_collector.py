@@ -28,12 +28,13 @@ from celery_resilience.failed.collector import (
     STALE_CLAIM_S,
     Collector,
 )
-from celery_resilience.failed.envelope import posted, unpack
+from celery_resilience.failed.envelope import posted
 from celery_resilience.failed.inbox import Batch
 from celery_resilience.failed.replay import Replayer
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.store import Claim
 from celery_resilience.message import OriginalMessage
+from celery_resilience.packing import unpack
 
 
 class Inbox:

@@ -19,8 +19,9 @@ from celery_resilience.failed.dead_letter import (
     dead_letter,
     pause_s,
 )
-from celery_resilience.failed.envelope import dumps, loads, unpack
+from celery_resilience.failed.envelope import dumps, loads
 from celery_resilience.message import HEADER, OriginalMessage
+from celery_resilience.packing import unpack
 
 DEAD = "dead"
 

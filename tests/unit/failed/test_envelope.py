@@ -31,15 +31,13 @@ from celery_resilience.failed.envelope import (
     foreign,
     iso,
     loads,
-    pack,
     posted,
     record_id,
     settled,
-    trace_id,
-    unpack,
 )
 from celery_resilience.message import HEADER, OriginalMessage
 from celery_resilience.outcome import Outcome, Reason
+from celery_resilience.packing import pack, unpack
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=20)
 
@@ -401,23 +399,6 @@ def test_garbage_in_headers_of_what_is_no_envelope_is_no_name() -> None:
     document = foreign(message, why="not an envelope", namespace="shop", at=3.0)
 
     assert (document["task"], document["task_id"]) == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("header", "found"),
-    [
-        (f"00-{'a' * 32}-{'b' * 16}-01", "a" * 32),
-        (f"00-{'a' * 31}-{'b' * 16}-01", None),
-        (f"00-{'a' * 32}", None),
-        ("", None),
-        (None, None),
-        (5, None),
-    ],
-)
-def test_the_trace_is_read_from_its_header(header: Any, found: str | None) -> None:
-    """As W3C Trace Context writes it; anything else is none."""
-    assert trace_id({"traceparent": header}) == found
-    assert trace_id({}) is None
 
 
 def test_a_posted_document_is_a_message_for_its_queue() -> None:

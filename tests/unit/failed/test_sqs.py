@@ -16,8 +16,8 @@ from unit.specimens import KnownApp, a_message
 
 from celery_resilience._kombu import is_missing
 from celery_resilience.failed.dead_letter import dead_letter
-from celery_resilience.failed.envelope import unpack
 from celery_resilience.failed.inbox import KombuInbox, open_inboxes
+from celery_resilience.packing import unpack
 
 BODY = a_message().body
 

@@ -11,6 +11,7 @@ import pytest
 from celery.worker import state
 from unit.specimens import a_failure, a_settlement
 
+from celery_resilience import draining
 from celery_resilience.draining import SharedFlags
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle import bootstep
@@ -71,6 +72,21 @@ def test_what_a_drain_cuts_off_is_its_exit_code(
     emit("delivery.closed")
 
     assert life.worker.exitcode == code
+
+
+def test_a_process_that_outlives_its_worker_drains_no_more(life: Lifecycle) -> None:
+    """As a test's, or a web server's with a worker inside; another one's flags stay."""
+    life.flags = draining.share()
+    life.begin("SIGTERM")
+    assert draining.is_draining()
+
+    life.ended()
+    assert not draining.is_draining()
+    assert draining.shared() is None
+    another = draining.share()
+    life.ended()
+    assert draining.shared() is another
+    draining.unshare(another)
 
 
 def test_what_nobody_has_cut_off_is_not(life: Lifecycle) -> None:

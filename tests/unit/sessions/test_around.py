@@ -40,8 +40,8 @@ class Row(Base):
     name: Mapped[str] = mapped_column(String(20))
 
 
-TASK = SimpleNamespace(name="shop.ship")
-REQUEST = SimpleNamespace(id="17")
+REQUEST = SimpleNamespace(id="17", is_eager=False)
+TASK = SimpleNamespace(name="shop.ship", request=REQUEST)
 
 
 class Around:
@@ -177,7 +177,7 @@ def test_a_session_begins_anew_once_the_result_is_stored(around: Around) -> None
     around.session.expire(row)
     assert row.name == "mine"
     assert row in around.session
-    around.room.after_result(TASK)
+    around.room.after_result(TASK, REQUEST.id)
 
     assert row not in around.session
     assert not around.session().in_transaction()
@@ -200,7 +200,7 @@ def test_what_a_receiver_of_prerun_has_begun_is_the_bodys(
     around.session.add(Row(name="of a receiver"))
 
     around.run(around.session.commit)
-    around.room.after_result(TASK)
+    around.room.after_result(TASK, REQUEST.id)
 
     assert around.names() == ["of a receiver"]
     assert told == []
@@ -208,6 +208,40 @@ def test_what_a_receiver_of_prerun_has_begun_is_the_bodys(
     around.run(lambda: None)
     around.session.commit()
     assert around.names() == ["of a receiver"]
+
+
+def test_a_task_that_applies_itself_keeps_its_session(around: Around) -> None:
+    """The inner one's end is not the outer one's, though they have one name."""
+
+    def body() -> None:
+        around.session.add(Row(name="outer"))
+        around.session.flush()
+        around.room.after_result(TASK, "of the inner one")
+        around.session.commit()
+
+    around.run(body)
+
+    assert around.names() == ["outer"]
+
+
+def test_what_was_begun_around_a_body_that_did_not_run_is_ended(
+    around: Around, told: list[Any]
+) -> None:
+    """A duplicate's: its receivers may have used a session, and nobody is blamed."""
+    around.session.add(Row(name="of a receiver"))
+    around.session.flush()
+    inner = SimpleNamespace(name="of another", request=SimpleNamespace(is_eager=True))
+    around.room.after_result(inner, "of the inner one")
+    assert around.session().in_transaction()
+
+    around.room.after_result(TASK, REQUEST.id)
+
+    assert current.get() is None
+    assert not around.session().in_transaction()
+    assert around.names() == []
+    around.run(around.session.commit)
+    assert around.names() == []
+    assert told == []
 
 
 def test_a_connection_is_rolled_back_and_stays_whoevers_it_is(
