@@ -10,9 +10,9 @@ from typing import Any
 from celery_resilience.circuits import policy
 from celery_resilience.circuits.circuit import Circuit, Permit
 from celery_resilience.circuits.options import CircuitOptions
-from celery_resilience.circuits.retry_after import retry_after_of
 from celery_resilience.deadline import answer_within
 from celery_resilience.errors import ConfigurationError, StoreUnavailable
+from celery_resilience.retry_after import retry_after_of
 from celery_resilience.threads import start_deaf
 
 logger = logging.getLogger("celery_resilience.circuits")
