@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import in_process, keys, life, start_up, store, throughput
+from benchmarks import circuits, in_process, keys, life, start_up, store, throughput
 from benchmarks.figures import Figure
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -23,6 +23,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "throughput": throughput.measure,
     "store": store.measure,
     "life": life.measure,
+    "circuits": circuits.measure,
     "keys": keys.measure,
     "key_stores": keys.measure_stores,
 }

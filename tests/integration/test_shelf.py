@@ -27,7 +27,7 @@ COME_BACK = 250
 GROWS_MIB = 20
 
 #: Seconds for which the tasks of a killed worker are snoozed.
-WAITS_S = 12
+WAITS_S = 9
 
 #: Opens at the third failure of three.
 QUICK: dict[str, Any] = {"min_calls": 3, "jitter": 0}
