@@ -14,11 +14,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import circuits, in_process, keys, life, start_up, store, throughput
+from benchmarks import (
+    batches,
+    circuits,
+    in_process,
+    keys,
+    life,
+    start_up,
+    store,
+    throughput,
+    watched,
+)
 from benchmarks.figures import Figure
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "in_process": in_process.measure,
+    "batches": batches.measure,
     "start_up": start_up.measure,
     "throughput": throughput.measure,
     "store": store.measure,
@@ -26,6 +37,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "circuits": circuits.measure,
     "keys": keys.measure,
     "key_stores": keys.measure_stores,
+    "watched": watched.measure,
 }
 
 

@@ -23,6 +23,7 @@ from celery.app import log as app_log
 from celery.app import trace
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
+from celery.canvas import Signature
 from celery.concurrency import asynpool
 from celery.concurrency import base as pools
 from celery.concurrency.asynpool import AsynPool
@@ -30,6 +31,7 @@ from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.fixups.django import DjangoFixup, DjangoWorkerFixup
 from celery.platforms import EX_FAILURE, EX_OK
+from celery.result import denied_join_result
 from celery.utils import log as celery_log
 from celery.utils.log import in_sighandler
 from celery.utils.serialization import UnpickleableExceptionWrapper
@@ -198,9 +200,25 @@ def cut_off_from_outside(request: Any) -> None:
 # --- its log ---------------------------------------------------------------------------
 
 
-#: The task that runs in this thread, the innermost one; None where none does
-#: (``_state.py:136``, Celery 5.7).
-running_task: Callable[[], Any] = _state.get_current_task
+def running() -> tuple[Any, Any] | None:
+    """
+    The task that runs in this thread, and its request; None where none does.
+
+    The innermost one that was sent or applied: what is called as a function is a part of
+    its caller (``_state.py:136``, ``app/task.py:545``, Celery 5.7).
+    """
+    task: Any = _state.get_current_task()
+    if task is None:
+        return None
+    request: Any = task.request_stack.top
+    if request is not None and request.id is not None:
+        return task, request
+    for task in reversed(_state._task_stack.stack):
+        for request in reversed(task.request_stack.stack):
+            if request.id is not None:
+                return task, request
+    return None
+
 
 #: How a line begins that tells of a retry, and one of a task that was ignored; each has
 #: its facts in ``extra["data"]`` (``app/trace.py:129``, Celery 5.7).
@@ -349,11 +367,20 @@ def message_of(signature: Any, task_id: str) -> OriginalMessage:
     Celery 5.7).
 
     Raises:
-        ConfigurationError: `apply_async` did not come to send one.
+        ConfigurationError: It is no signature of one task; or `apply_async` did not come
+            to send one.
     """
+    if not isinstance(signature, Signature) or signature.task.startswith("celery."):
+        raise ConfigurationError(
+            "what keeps a failed item must be the signature of one task, such as "
+            f"enrich.s(7), got {signature!r}"
+        )
     recorder = _Recorder()
+    producer: Any = recorder
     if not signature.app.conf.task_always_eager:
-        signature.apply_async(task_id=task_id, producer=recorder)
+        # No backend prepares for a result that nobody waits for.
+        with denied_join_result():
+            signature.apply_async(task_id=task_id, producer=producer)
     if recorder.published is None:
         raise ConfigurationError(
             f"the task {signature.task} was not sent as a message: is it eager, or its "

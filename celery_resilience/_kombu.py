@@ -69,7 +69,8 @@ def is_forgotten(message: Any) -> bool:
     """
     channel = message.channel
     if isinstance(channel, virtual.Channel):
-        return message.delivery_tag not in channel.qos._delivered
+        held: Any = channel.qos._delivered
+        return message.delivery_tag not in held
     tags = getattr(channel, "no_ack_consumers", None) or ()
     return (message.delivery_info or {}).get("consumer_tag") in tags
 
@@ -111,6 +112,11 @@ def messages_in_each(connection: Any, queues: Iterable[str]) -> dict[str, int]:
     found = dict.fromkeys(queues, 0)
     for queue in found:
         with connection.channel() as channel:
+            if type(channel).__module__ in REDIS_MODULES:
+                # It looks for a queue without the `global_keyprefix`
+                # (``transport/redis.py:1864``, kombu 5.7), and counts with it.
+                found[queue] = int(channel._size(queue))
+                continue
             try:
                 count = channel.queue_declare(queue, passive=True).message_count
                 found[queue] = int(count)

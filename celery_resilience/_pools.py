@@ -113,7 +113,7 @@ def on_child_loop(call: Callable[[], None]) -> None:
     billiard 4.3 sets them after Celery's `worker_process_init` (``pool.py:489``), and
     then says that the child is up (``pool.py:279``).
     """
-    worker = billiard.current_process()._target
+    worker = getattr(billiard.current_process(), "_target", None)
     if not isinstance(worker, billiard_pools.Worker):
         return
     started = worker.on_loop_start
@@ -344,23 +344,27 @@ def hear_exits(pool: Any, tell: Callable[[int, int, bool, bool], None]) -> None:
     """
     Tell of each child that has ended: pid, exit code, is it recycled, is it meant.
 
-    The pool says so when it has waited for a child (``pool.py:1346``, billiard 4.3).
+    The pool takes it from its list once it has waited for it (``pool.py:1275``,
+    billiard 4.3); what it calls then, an event loop replaces.
     """
     billiard_pool = getattr(pool, "_pool", None)
     if not isinstance(billiard_pool, BilliardPool):
         return
-    on_process_down = billiard_pool.on_process_down
+    join_exited = billiard_pool._join_exited_workers
 
-    def tell_and_go_on(process: Any) -> None:
-        code = process.exitcode or 0
-        is_meant = getattr(process, "_controlled_termination", False)
+    def join_and_tell(*args: Any, **kwargs: Any) -> Any:
+        before = list(billiard_pool._pool)
         try:
-            tell(process.pid, code, code == EX_RECYCLE, is_meant)
+            return join_exited(*args, **kwargs)
         finally:
-            if on_process_down is not None:
-                on_process_down(process)
+            after = set(map(id, billiard_pool._pool))
+            for process in before:
+                if id(process) not in after and process.exitcode is not None:
+                    code = process.exitcode
+                    is_meant = getattr(process, "_controlled_termination", False)
+                    tell(process.pid, code, code == EX_RECYCLE, is_meant)
 
-    billiard_pool.on_process_down = tell_and_go_on
+    billiard_pool._join_exited_workers = join_and_tell
 
 
 def unblocked_timer(consumer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a resilient task's body runs here, for code that knows no task."""
+"""Which resilient task's body runs here, for code that knows no task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from typing import Any
 #: `current_task` takes longer than a refused call may.
 HEARS_OF_CIRCUITS: ContextVar[bool] = ContextVar("hears_of_circuits", default=False)
 
-#: The request whose body runs here, for threads that have no `current_task` of Celery's
-#: and have the context of the one that runs the task, as those of `asyncio.to_thread`.
-RUNNING: ContextVar[Any] = ContextVar("running", default=None)
+#: The task whose body runs here, and its request; None where none does. Threads that have
+#: the context of the one that runs a task, as those of `asyncio.to_thread`, have it too.
+RUNNING: ContextVar[tuple[Any, Any] | None] = ContextVar("running", default=None)

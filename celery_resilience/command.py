@@ -356,6 +356,14 @@ def units(context: click.Context, /, kind: str, **words: Any) -> None:
     context.exit(module.run(app, settings, app_name, kind, words))
 
 
+@resilience.command(cls=CeleryCommand)
+@click.argument("kind", type=click.Choice(["grafana", "alerts"]))
+def dashboards(kind: str) -> None:
+    """Print the dashboard for Grafana, or the alert rules for Prometheus."""
+    module = import_module("celery_resilience.telemetry.dashboards")
+    click.echo(module.PRINTED[kind](), nl=False)
+
+
 @resilience.group(name="keys", invoke_without_command=True)
 @click.pass_context
 def keys(context: click.Context) -> None:

@@ -158,6 +158,7 @@ class TaskFacts:
         base: Qualified name of its base class.
         failed_queue: Where an ordinary failure goes; None: it is not kept.
         max_retries: Of Celery; None: without end.
+        retry_rules: What each of its rules says, in their order.
         has_own_strategy: Its messages do not become Celery's ordinary requests.
         keys: Its idempotency keys; None where it has none.
         app_acks_late, app_reject_on_worker_lost: What the app has, for options that
@@ -176,6 +177,7 @@ class TaskFacts:
     soft_time_limit_s: float | None = None
     time_limit_s: float | None = None
     max_retries: int | None = 3
+    retry_rules: tuple[str, ...] = ()
     max_crashes: int = 3
     has_own_strategy: bool = False
     keys: Keys | None = None
@@ -226,6 +228,7 @@ class TaskExplained:
         risks: See `Risk`.
         keys: See `Keys`; None where the task has none. Beside it, what plain Celery
             does is what it would do without the key.
+        retry_rules: What each retry rule of the task says, in their order.
     """
 
     task: str
@@ -248,6 +251,7 @@ class TaskExplained:
     on_hard_limit: Fates
     risks: tuple[Risk, ...]
     keys: Keys | None = None
+    retry_rules: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The public JSON, schema 1."""
@@ -286,6 +290,7 @@ def explain_task(task: TaskFacts, app: AppFacts) -> TaskExplained:
         is_kept=is_kept,
         risks=tuple(_risks(task, app, fates)),
         keys=task.keys,
+        retry_rules=task.retry_rules,
         **fates,
     )
 

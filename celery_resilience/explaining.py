@@ -111,6 +111,7 @@ def task_facts(task: Any, installation: Installation) -> TaskFacts:
         soft_time_limit_s=_celery.time_limit_of(task, soft=True),
         time_limit_s=_celery.time_limit_of(task),
         max_retries=task.max_retries,
+        retry_rules=tuple(map(str, getattr(task, "retry_rules", ()))),
         max_crashes=getattr(task, "max_crashes", None) or installation.max_crashes,
         has_own_strategy=task.Strategy != "celery.worker.strategy:default",
         keys=_keys_of(task),
@@ -185,6 +186,7 @@ def table(explained: Sequence[TaskExplained]) -> Iterator[str]:
         if fate in used:
             yield f"  {fate:<18} {meaning}"
     yield from _about_keys(explained)
+    yield from _about_rules(explained)
     risks = [*summary_of([*explained])]
     if risks:
         yield ""
@@ -213,6 +215,17 @@ def _about_keys(explained: Sequence[TaskExplained]) -> Iterator[str]:
         )
         if keys.unique_enqueue:
             yield "    a second one is not sent while the first waits"
+
+
+def _about_rules(explained: Sequence[TaskExplained]) -> Iterator[str]:
+    ruled = [task for task in explained if task.retry_rules]
+    if ruled:
+        yield ""
+        yield "retry rules, the first that matches:"
+    for task in ruled:
+        yield f"  {task.task}"
+        for rule in task.retry_rules:
+            yield f"    {rule}"
 
 
 def _title(case: str) -> str:

@@ -215,7 +215,8 @@ def _is_retry_wait(mark: Any) -> bool:
     return (
         isinstance(mark, dict)
         and _is_time(mark.get("due", 0.0))
-        and 1 <= len(text_of(mark.get("budget", "-"))) <= MAX_KEY
+        and isinstance(mark.get("budget", "-"), str)
+        and 1 <= len(mark.get("budget", "-")) <= MAX_KEY
     )
 
 

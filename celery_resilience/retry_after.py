@@ -39,9 +39,10 @@ def _asked(exc: BaseException) -> Any:
             return asked
     for answer in (getattr(exc, "response", None), exc):
         headers: Any = getattr(answer, "headers", None)
-        asked = None if headers is None else headers.get("Retry-After")
-        if asked is not None:
-            return asked
+        for name in () if headers is None else ("Retry-After", "retry-after"):
+            asked = headers.get(name)
+            if asked is not None:
+                return asked
     return None
 
 

@@ -381,7 +381,9 @@ class Settings:
         'with "strict" the task that left it is failed, too; with "off" nothing.',
     )
     log_format: str | None = _setting(
-        None, _optional(_log_format), "How the record of a failed task is written."
+        None,
+        _optional(_log_format),
+        "How our records, and lines in Celery's own format, are written.",
     )
     release: str | None = _setting(
         None, _optional(_text), "The app's release, kept with each failed task."

@@ -89,6 +89,8 @@ class soft_limit_deferred:
 
     __slots__ = ("_before", "_waiting")
 
+    _waiting: _Waiting | None
+
     def __enter__(self) -> None:
         waiting = _waiting
         if waiting is not None and waiting.thread == get_ident():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from celery import Task
 from celery.app.task import Context
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from celery_resilience import _celery
 from celery_resilience.body import HEARS_OF_CIRCUITS, RUNNING
@@ -26,6 +26,7 @@ from celery_resilience.errors import (
     MissingExtra,
     Replaced,
     ResilienceError,
+    RetryByRule,
     RetryNotPublished,
     RunInterrupted,
     Skip,
@@ -252,10 +253,11 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             or not _celery.is_a_delivery(request)
             or self.name.startswith("celery.")
         ):
-            token = None
+            token = running = None
             if request is not None and request.is_eager:
                 # Nobody hears that its circuit is open but who has applied it.
                 token = HEARS_OF_CIRCUITS.set(False)
+                running = RUNNING.set((self, request))
             try:
                 return super().__call__(*args, **kwargs)
             except Skip as skip:
@@ -270,7 +272,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
                 count = request.retries + 1
                 return super().retry(countdown=snooze.countdown_s, max_retries=count)
             finally:
-                if token is not None:
+                if token is not None and running is not None:
+                    RUNNING.reset(running)
                     HEARS_OF_CIRCUITS.reset(token)
         after_body = None
         try:
@@ -391,7 +394,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             self._rules.before(self, request)
         held: HeldFromAutoretry | None = None
         token = HEARS_OF_CIRCUITS.set(self.if_circuit_open != "fail")
-        running = RUNNING.set(request)
+        running = RUNNING.set((self, request))
         try:
             with soft_limit_deferred():
                 for room in rooms.around:
@@ -416,7 +419,13 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             if rooms.give_way is not None:
                 rooms.give_way()
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
-            self._after_body(rooms, request, exc)
+            try:
+                self._after_body(rooms, request, exc)
+            except SoftTimeLimitExceeded as late:
+                # It has passed while the retry was sent, which runs in any case.
+                if isinstance(late.__context__, RetryByRule):
+                    raise late.__context__ from None
+                raise
             raise
         finally:
             RUNNING.reset(running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 from collections.abc import Callable
 from threading import Thread
@@ -26,3 +27,12 @@ def start_deaf(run: Callable[[], None], name: str) -> Thread:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return thread
+
+
+def start_at_once(run: Callable[[], None]) -> None:
+    """
+    Start *run* in a thread of its own, and do not wait until it has begun.
+
+    Where a signal's handler may not wait: gevent calls it in its hub.
+    """
+    _thread.start_new_thread(run, ())

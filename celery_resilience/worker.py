@@ -66,7 +66,7 @@ from celery_resilience.shelf.bootstep import shelf_step
 from celery_resilience.shelf.consumer import Shelving
 from celery_resilience.shelf.policy import most_held
 from celery_resilience.shelf.shelf import Shelf
-from celery_resilience.task import ResilientTask
+from celery_resilience.task import ResilientTask, parameters_of
 from celery_resilience.telemetry.bootstep import (
     Questions,
     WorkerMetrics,
@@ -76,6 +76,7 @@ from celery_resilience.telemetry.log import FailureLog
 from celery_resilience.telemetry.log_setup import LogSetup
 from celery_resilience.telemetry.log_worker import WorkerLog
 from celery_resilience.telemetry.tracing import Commands, attach_tracing
+from celery_resilience.threads import start_at_once
 from celery_resilience.worker_start import WorkerStart
 from celery_resilience.worker_warnings import WorkerWarnings, visibility_timeout_s
 
@@ -156,12 +157,7 @@ class WorkerSetup:
         )
 
     def _make_metrics(self) -> WorkerMetrics:
-        """
-        What this worker counts, and shows.
-
-        Raises:
-            ConfigurationError: A library is missing.
-        """
+        """What this worker counts, and shows."""
         installation = self.installation
         has_store = installation.store_choice.url is not None
         return WorkerMetrics(
@@ -299,7 +295,7 @@ class WorkerSetup:
                 "memory": memory_told(installation, memory),
             }
         )
-        log_setup = attach_log(installation)
+        log_setup = attach_log(installation, worker.pool_cls)
         LargeMessages(self._has_message_limit).attach()
         FreesReservations(self._has_key, installation.key_sender.release).attach()
         log = WorkerLog(
@@ -324,6 +320,7 @@ class WorkerSetup:
                 log.started(warnings.sentences())
                 if tracing.words:
                     logger.info("failures are told to %s too", tracing.words)
+                tracing.ready()
                 warnings.look_at_key_store()
                 metrics.ready()
                 if has_circuits(installation):
@@ -333,12 +330,13 @@ class WorkerSetup:
             if sender == hostname:
                 life.begin(sig)
                 # What this stop cuts off is no crash; the store may be slow.
-                threading.Thread(target=self.starts.forget_worker, daemon=True).start()
+                start_at_once(self.starts.forget_worker)
 
         def on_shutdown(sender: Any = None, **_: Any) -> None:
             if sender is worker:
                 self.publisher.close()
                 self.deliveries.facts.close()
+                tracing.ended()
                 metrics.ended()
                 life.ended()
 
@@ -444,11 +442,14 @@ class WorkerSetup:
                     task.Request = ours
 
 
-def attach_log(installation: Installation) -> LogSetup:
+def attach_log(installation: Installation, pool: Any) -> LogSetup:
     """Log what ends in a worker; what it returns is applied where handlers are made."""
-    settings = installation.settings
+    look, has_greenlets = find_eyes().rss_mib_of, _pools.is_greenlet_pool(pool)
     FailureLog(
-        settings.log_format, clock=time.monotonic, rss_mib_of=find_eyes().rss_mib_of
+        installation.settings.log_format,
+        clock=time.monotonic,
+        # A greenlet's number is no process's.
+        rss_mib_of=lambda pid: look(os.getpid() if has_greenlets else pid),
     ).attach()
     return log_setup_of(installation)
 
@@ -456,9 +457,16 @@ def attach_log(installation: Installation) -> LogSetup:
 def log_setup_of(installation: Installation) -> LogSetup:
     """What the processes of a worker do with every record of their log."""
     settings = installation.settings
+
+    def names_of(task: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if isinstance(task, ResilientTask):
+            return task.parameter_names, task.hidden_names
+        return parameters_of(task.run), settings.redact
+
     return LogSetup(
         settings.log_format,
         settings.redact,
+        names_of=names_of,
         is_ours=lambda task: (
             isinstance(task, ResilientTask) and not task.name.startswith("celery.")
         ),

@@ -81,18 +81,14 @@ class WorkerStart:
             if choice.url
             else f"kept in no store ({choice.why})"
         )
+        to = f"queue {', '.join(self._failed_queues)}, {kept}"
         spool = settings.spool_dir or "none: messages stay unacknowledged"
         others = ", ".join(self._collect_queues)
         return "; ".join(
             filter(
                 None,
                 [
-                    (
-                        f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
-                        f"{self._worker.concurrency}, queues {', '.join(self._queues)}): "
-                        f"failed tasks of {settings.namespace!r} go to queue "
-                        f"{', '.join(self._failed_queues)}, {kept}"
-                    ),
+                    f"{self._who()}: failed tasks of {settings.namespace!r} go to {to}",
                     f"spool {spool}",
                     f"at most {installation.max_crashes} crashes",
                     "collects here" if self._collects else "does not collect here",
@@ -101,6 +97,12 @@ class WorkerStart:
                     self._stops.words(),
                 ],
             )
+        )
+
+    def _who(self) -> str:
+        return (
+            f"celery-resilience {__version__} (pid {os.getpid()}, {self._pool} "
+            f"{self._worker.concurrency}, queues {', '.join(self._queues)})"
         )
 
     def _memory(self) -> str:

@@ -125,6 +125,8 @@ def conf_for(
         "resilience_store_url": f"sqlite:///{folder}/store.sqlite3",
         "broker_connection_retry_on_startup": True,
         "worker_lost_wait": 1.0,
+        # Celery kills a child that is not up after four seconds of a busy machine.
+        "worker_proc_alive_timeout": 60.0,
         "worker_prefetch_multiplier": 1,
         "result_expires": 3600,
     }

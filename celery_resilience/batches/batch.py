@@ -18,14 +18,13 @@ from celery_resilience.batches.helpers import Helpers
 from celery_resilience.batches.options import BatchOptions
 from celery_resilience.batches.scope import ItemScope, SavepointScope
 from celery_resilience.batches.sources import Page, Source, source_of
-from celery_resilience.batches.stream import LOOK_AGAIN_S
+from celery_resilience.batches.stream import LOOK_AGAIN_S, NoCheckpoint
 from celery_resilience.batches.surroundings import Surroundings
 from celery_resilience.batches.tally import BatchReport, Outcome, Tally
 from celery_resilience.errors import (
     CONTROL_FLOW,
     SOFT_LIMITS,
     BrokerUnavailable,
-    CircuitIsOpen,
     ConfigurationError,
     MemoryLimitExceeded,
     PublishRefused,
@@ -45,15 +44,14 @@ ENDS_BATCH: tuple[type[BaseException], ...] = (
     *SOFT_LIMITS,
     MemoryError,
     MemoryLimitExceeded,
-    CircuitIsOpen,
-    CircuitBreakerError,
+    CircuitBreakerError,  # CircuitOpen is one
     ConfigurationError,
     StoreUnavailable,
     BrokerUnavailable,
 )
 
 #: After these another run goes on: what has ended of the chunk need not be done again.
-GOES_ON: tuple[type[BaseException], ...] = (*CONTROL_FLOW, CircuitIsOpen)
+GOES_ON: tuple[type[BaseException], ...] = (*CONTROL_FLOW, CircuitBreakerError)
 
 #: Calls of helpers that may have been begun, for each thread, when the first of them is
 #: waited for: a slow one does not leave the other threads idle at once.
@@ -93,6 +91,7 @@ class Batch:
         self._is_out = False
         self._went_wrong = False
         self._place: Any = None
+        #: Whether a run after this one would go on elsewhere than this one began.
         self._has_come_on = False
         self._is_done = False
         self._to_keep: list[Callable[[], object]] = []
@@ -357,7 +356,7 @@ class Batch:
             self._saved = {"place": place, "tally": self._tally.state()}
             self._save()
             self._to_keep.clear()
-            self._has_come_on = True
+            self._has_come_on = not isinstance(self._around.checkpoint, NoCheckpoint)
             self._around.progressed(self.report, self._total)
 
     def _save(self) -> None:
@@ -384,9 +383,13 @@ class Batch:
             outcome = "skipped"
         elif self._around.keep is not None:
             self._to_keep.append(self._around.keep(self._key_of(item), exc))
-        message = mask(safe_text(exc), self._around.secrets(item))
+        id = message = ""
+        if self._tally.has_room:
+            secrets = self._around.secrets(item)
+            id = mask(safe_text(self._id_of(item)), secrets)
+            message = mask(safe_text(exc), secrets)
         self._went_wrong = True
-        self._tally.add(outcome, self._id_of(item), type_name(type(exc)), message)
+        self._tally.add(outcome, id, type_name(type(exc)), message)
         self._check_limits(exc)
         return True
 

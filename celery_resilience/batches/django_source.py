@@ -29,7 +29,7 @@ class DjangoSource:
 
     def __init__(self, query: Any, key: str) -> None:
         if query.query.is_sliced:
-            raise ValueError("stream: a QuerySet that is sliced has no pages")
+            raise ValueError("stream or batch: a QuerySet that is sliced has no pages")
         self._query = query
         self._key = key
 
@@ -47,7 +47,9 @@ class DjangoSource:
                 row[self._key] if isinstance(row, Mapping) else getattr(row, self._key)
             )
         except (AttributeError, KeyError):
-            raise ValueError(f"stream: a row has no {self._key!r}: give key=") from None
+            raise ValueError(
+                f"stream or batch: a row has no {self._key!r}: give key="
+            ) from None
 
     def commit(self) -> None:
         """
@@ -60,7 +62,7 @@ class DjangoSource:
 
         if connections[self._query.db].in_atomic_block:
             raise ValueError(
-                "stream: a page ends within atomic(), where nothing is committed: leave "
+                "stream or batch: a page ends within atomic(), where nothing is committed: leave "
                 "it before the next row is asked for"
             )
 

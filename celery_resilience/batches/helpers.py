@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -10,6 +11,8 @@ from threading import Thread
 from typing import Any
 
 from celery_resilience.threads import start_deaf
+
+logger = logging.getLogger("celery_resilience.batches")
 
 Call = Callable[[], Any]
 
@@ -22,13 +25,16 @@ class Helpers:
         count: How many calls are made at once.
         name: Of the threads.
         at_end: Called in each thread as it ends.
+
+    Attributes:
+        is_stopped: No further call is begun.
     """
 
     def __init__(self, count: int, name: str, at_end: Callable[[], object]) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Call] | None] = SimpleQueue()
         self._at_end = at_end
         self._threads: list[Thread] = []
-        self._is_stopped = False
+        self.is_stopped = False
         self._count = count
         self._name = name
 
@@ -44,7 +50,7 @@ class Helpers:
 
     def stop(self) -> None:
         """Begin no further call, and wait for those that are being made."""
-        self._is_stopped = True
+        self.is_stopped = True
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
@@ -54,7 +60,7 @@ class Helpers:
     def _work(self) -> None:
         while (given := self._calls.get()) is not None:
             future, call = given
-            if self._is_stopped:
+            if self.is_stopped:
                 continue
             try:
                 future.set_result(call())
@@ -62,4 +68,7 @@ class Helpers:
                 future.set_exception(exc)
             # Not held while it waits for the next.
             del future, call, given
-        self._at_end()
+        try:
+            self._at_end()
+        except Exception:
+            logger.exception("at the end of a thread of a batch")

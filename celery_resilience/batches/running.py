@@ -76,7 +76,7 @@ class BatchRun:
         self._about = {
             "task": task.name,
             "task_id": id_text(request.id),
-            "name": options.name,
+            "batch": options.name,
         }
 
     def surroundings(

@@ -73,8 +73,6 @@ class SavepointScope(ItemScope):
                     return True
                 raise
             return False
-        try:
-            # Before it is undone, which makes the item's attributes be asked for again.
-            return self._takes(self.item, exc)
-        finally:
-            self._savepoint.__exit__(kind, exc, traceback)
+        # First, for a session whose flush has failed tells nothing of the item.
+        self._savepoint.__exit__(kind, exc, traceback)
+        return self._takes(self.item, exc)

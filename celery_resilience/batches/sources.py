@@ -80,11 +80,13 @@ def keyed_page(rows: Sequence[Any], keys: Sequence[Any], size: int, key: str) ->
     for before, after in pairwise(keys):
         if before == after:
             raise ValueError(
-                f"stream: two rows have the same {key}, {before!r}: give a key that is "
+                f"stream or batch: two rows have the same {key}, {before!r}: give a key that is "
                 "unique"
             )
     if None in keys:
-        raise ValueError(f"stream: a row has no {key}: give a key that each row has")
+        raise ValueError(
+            f"stream or batch: a row has no {key}: give a key that each row has"
+        )
     is_last = len(rows) <= size
     rows, keys = rows[:size], keys[:size]
     return Page(rows, keys[-1] if keys else None, is_last, keys)
@@ -104,7 +106,7 @@ def source_of(source: Any, *, key: str, session: Any = None) -> Source:
         ValueError: It has a limit, or no such key.
     """
     if session is not None and hasattr(session, "sync_session"):
-        raise TypeError("stream: an AsyncSession is not taken, give a Session")
+        raise TypeError("stream or batch: an AsyncSession is not taken, give a Session")
     if "sqlalchemy" in sys.modules:
         from celery_resilience.batches import sqlalchemy_source
 
@@ -117,7 +119,7 @@ def source_of(source: Any, *, key: str, session: Any = None) -> Source:
             return django_source.DjangoSource(source, key)
     if not isinstance(source, Iterable):
         raise TypeError(
-            "stream takes a select() with session=, a Query, a QuerySet or an iterable, "
+            "stream and batch take a select() with session=, a Query, a QuerySet or an iterable, "
             f"got {type(source).__name__}"
         )
     return IterableSource(source, session)

@@ -35,9 +35,11 @@ class SqlAlchemySource:
         if session is None and isinstance(query, Query):
             session = query.session
         if session is None:
-            raise TypeError("stream: a select() needs session=")
+            raise TypeError("stream or batch: a select() needs session=")
         if query._limit_clause is not None or query._offset_clause is not None:
-            raise ValueError("stream: a query with a limit or an offset has no pages")
+            raise ValueError(
+                "stream or batch: a query with a limit or an offset has no pages"
+            )
         self._query = query
         self._key = key
         self._session = session
@@ -51,7 +53,9 @@ class SqlAlchemySource:
             self._is_of_entity = False
             column = next((d["expr"] for d in descriptions if d["name"] == key), None)
         if column is None:
-            raise ValueError(f"stream: the query has no column {key!r}: give key=")
+            raise ValueError(
+                f"stream or batch: the query has no column {key!r}: give key="
+            )
         self._column: Any = column
 
     def page(self, after: Any, size: int) -> Page:
@@ -81,7 +85,7 @@ class SqlAlchemySource:
         """
         if self._session.in_nested_transaction():
             raise ValueError(
-                "stream: a page ends within begin_nested(), where nothing can be "
+                "stream or batch: a page ends within begin_nested(), where nothing can be "
                 "committed: leave it before the next row is asked for"
             )
         self._session.commit()

@@ -72,7 +72,14 @@ class Tally:
     samples: list[Sample] = field(default_factory=list)
 
     def add(self, outcome: Outcome, id: str, exception: str, message: str) -> None:
-        """Count an item that did not go well."""
+        """
+        Count an item that did not go well.
+
+        Args:
+            outcome: What became of it.
+            id, message: Told of the first ones; any text where there is no room.
+            exception: Qualified name of its type.
+        """
         if outcome == "skipped":
             self.skipped += 1
         else:
@@ -81,7 +88,7 @@ class Tally:
         if kind not in self.errors and len(self.errors) >= MAX_TYPES:
             kind = OTHER
         self.errors[kind] = self.errors.get(kind, 0) + 1
-        if len(self.samples) < MAX_SAMPLES:
+        if self.has_room:
             sample: Sample = {
                 "id": cut(safe_text(id), MAX_ID_CHARS),
                 "outcome": outcome,
@@ -90,6 +97,11 @@ class Tally:
             }
             if len(json.dumps([*self.samples, sample])) <= MAX_SAMPLES_BYTES:
                 self.samples.append(sample)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether id and text of another bad item may be told."""
+        return len(self.samples) < MAX_SAMPLES
 
     @property
     def went_wrong(self) -> int:

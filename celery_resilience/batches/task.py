@@ -130,7 +130,10 @@ class Streams:
             clock=self._clock,
         )
         checkpoint = self._checkpoint(request, f"batch:{options.name}", "batch")
-        made = Batch(options, run.surroundings(checkpoint, self._is_stopping))
+        # What would begin anew elsewhere is better ended here.
+        is_lost = isinstance(checkpoint, NoCheckpoint)
+        is_stopping = never if is_lost else self._is_stopping
+        made = Batch(options, run.surroundings(checkpoint, is_stopping))
         batches[options.name] = made
         return made
 

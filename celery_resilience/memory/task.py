@@ -39,6 +39,15 @@ if sys.platform != "win32":
 logger = logging.getLogger("celery_resilience.memory")
 
 
+#: Seconds of a run in which no memory to speak of is given back, and between two in
+#: which none is taken: what costs more than a run without a body is then not asked.
+SHORT_S = 0.001
+GAP_S = 0.001
+
+#: The system's mark of the highest is as exact as this.
+NEAR_KIB = 256
+
+
 class RunLimits:
     """
     How much memory a run of each task may take.
@@ -120,8 +129,15 @@ class MemoryAround:
         self.usage = Usage(0, 0, 0)
         self.start_kib = 0
         self._sustained: Sustained | None = None
+        self._always_looks = limits.are_any
         self._told: dict[str, tuple[int, int]] = {}
         self._rows_at_start: list[int] = []
+        # The system's mark of the highest, which only rises until it is forgotten, and
+        # whether it was above what there was when a run ended.
+        self._mark_kib: int | None = None
+        self._is_above = False
+        self._began_at = 0.0
+        self._ended_at = -GAP_S
         self.lift: Callable[[], object] | None = None
         if limits.are_any:
             self.lift = lifts_data_limit()
@@ -229,7 +245,9 @@ class MemoryAround:
         row, limit_kib = self._told.get(name) or self._tell(name)
         cells[RUNS] += 1
         cells[RUNNING] = row + 1
-        reader.forget_peak()
+        self._began_at = now = self.clock()
+        if self._is_above or now - self._ended_at >= GAP_S:
+            reader.forget_peak()
         if limit_kib:
             self._hear()
             cells[s.LIMIT] = limit_kib
@@ -258,12 +276,22 @@ class MemoryAround:
         if limit_kib:
             cells[s.LIMIT] = 0
         own_before, resident_before, _ = self.usage
-        self.usage = usage = reader.read()
-        own_kib = usage[0]
-        growth_kib = own_kib - own_before
         peak = reader.peak_kib()
+        self._ended_at = now = self.clock()
+        growth_kib = 0
+        if (
+            peak is None
+            or peak != self._mark_kib
+            or now - self._began_at >= SHORT_S
+            or self._always_looks
+        ):
+            self.usage = reader.read()
+            own_kib, resident_kib, _ = self.usage
+            cells[OWN] = own_kib
+            growth_kib = own_kib - own_before
+            self._mark_kib = peak
+            self._is_above = peak is not None and peak > resident_kib + NEAR_KIB
         peak_kib = -1 if peak is None else max(0, peak - resident_before)
-        cells[OWN] = own_kib
         cells[LAST_TASK] = row
         cells[LAST_GROWTH] = growth_kib
         cells[LAST_PEAK] = peak_kib

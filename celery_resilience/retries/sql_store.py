@@ -60,7 +60,10 @@ class SqlBudgetStore:
             .where(*mine)
             .ordered_values(
                 (budgets.c.tokens, case((filled > most, most), else_=filled)),
-                (budgets.c.changed_at, now),
+                (
+                    budgets.c.changed_at,
+                    case((passed_s > 0, now), else_=budgets.c.changed_at),
+                ),
             )
         )
         take = (

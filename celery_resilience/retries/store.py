@@ -70,7 +70,7 @@ def withdrawn(
     tokens, at = bucket or Bucket(options.most, now)
     tokens += added + max(0.0, now - at) * options.per_s
     tokens = min(tokens, options.most)
-    left = tokens - 1
+    left, at = tokens - 1, max(now, at)
     if left < -max_wait_s * options.per_s:
-        return Bucket(tokens, now), Withdrawal(False, max_wait_s)
-    return Bucket(left, now), Withdrawal(True, max(0.0, -left / options.per_s))
+        return Bucket(tokens, at), Withdrawal(False, max_wait_s)
+    return Bucket(left, at), Withdrawal(True, max(0.0, -left / options.per_s))

@@ -237,6 +237,7 @@ def _on_connection(connection: Any = None, **_: Any) -> None:
 
 
 def _watch(wrapper: Any) -> None:
+    _on_use()
     watched = Watched(wrapper)
     _mine.watched = [one for one in _mine.watched if one.wrapper is not None]
     _mine.watched.append(watched)
@@ -293,14 +294,26 @@ def _after_fork() -> None:
 _is_attached = False
 
 
-def attach() -> bool:
+def _nothing() -> None:
+    return None
+
+
+#: Called when a connection is made.
+_on_use: Callable[[], None] = _nothing
+
+
+def attach(on_use: Callable[[], None] = _nothing) -> bool:
     """
     Hear of each connection of Django's, once in a process.
+
+    Args:
+        on_use: Called when one is made.
 
     Returns:
         Whether it is heard; not while Django is imported and has no settings yet.
     """
-    global _is_attached
+    global _is_attached, _on_use
+    _on_use = on_use
     if _is_attached:
         return True
     from django.conf import settings

@@ -128,6 +128,7 @@ def _notes() -> Notes:
         current.set(run)
     notes: Notes | None = run.libraries.get(LIBRARY)
     if notes is None:
+        _on_use()
         notes = run.libraries[LIBRARY] = Notes()
     return notes
 
@@ -553,6 +554,8 @@ def _undo_in(fairy: Any, kinds: set[str], dialect: str) -> set[str]:
 # --- attaching -------------------------------------------------------------------------
 
 _is_attached = False
+#: Called at the first use of each run.
+_on_use: Callable[[], None] = _nothing
 _told: set[str] = set()
 
 
@@ -572,9 +575,15 @@ def _harmless(listener: Callable[..., None]) -> Callable[..., None]:
     return listen
 
 
-def attach() -> None:
-    """Listen to every pool, engine and session of this process, once."""
-    global _is_attached
+def attach(on_use: Callable[[], None] = _nothing) -> None:
+    """
+    Listen to every pool, engine and session of this process, once.
+
+    Args:
+        on_use: Called when a run uses one of them.
+    """
+    global _is_attached, _on_use
+    _on_use = on_use
     if _is_attached:
         return
     _is_attached = True

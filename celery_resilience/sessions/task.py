@@ -61,19 +61,26 @@ class Sessions:
         if self._sqlalchemy is None and SQLALCHEMY in sys.modules:
             from celery_resilience.sessions import sqlalchemy_runs
 
-            sqlalchemy_runs.attach()
+            sqlalchemy_runs.attach(self.hear_results)
             self._sqlalchemy = sqlalchemy_runs
         if self._django is None and DJANGO in sys.modules:
             from celery_resilience.sessions import django_runs
 
-            if django_runs.attach():
+            if django_runs.attach(self.hear_results):
                 self._django = django_runs
-        if not self._has_signals and (self._sqlalchemy or self._django):
+
+    def hear_results(self) -> None:
+        """
+        A library is used: hear of each result from now on.
+
+        The signal costs each run some microseconds, also those of other tasks.
+        """
+        if not self._has_signals:
             self._has_signals = True
+            uid = "celery_resilience.sessions"
+            signals.task_postrun.disconnect(dispatch_uid=uid)
             signals.task_postrun.connect(
-                self.after_result,
-                weak=False,
-                dispatch_uid="celery_resilience.sessions",
+                self.after_result, weak=False, dispatch_uid=uid
             )
 
     def before(self, task: Any, request: Any) -> None:

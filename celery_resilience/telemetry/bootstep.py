@@ -17,12 +17,12 @@ from celery import bootsteps, current_task
 
 from celery_resilience import _celery, _kombu, _pools
 from celery_resilience.draining import is_draining
-from celery_resilience.errors import ConfigurationError, MissingExtra
 from celery_resilience.run_view import COUNTS
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.exits import WhyEnded, exit_reason
 from celery_resilience.telemetry.metrics import Metrics
 from celery_resilience.telemetry.probes import Answer, Probe, Probes
+from celery_resilience.telemetry.prometheus import MetricsPage
 from celery_resilience.telemetry.series import Labels
 from celery_resilience.threads import start_deaf
 
@@ -74,9 +74,6 @@ class WorkerMetrics:
         address: Where Prometheus reads; None: nowhere.
         tasks: Names of the resilient tasks.
         questions: See there.
-
-    Raises:
-        ConfigurationError: prometheus_client is missing.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class WorkerMetrics:
         self.is_read = address is not None or OTEL_SDK in sys.modules
         self.pages: dict[str, Callable[[str], tuple[str, bytes]]] = {}
         if address is not None:
-            self.pages[PATH] = _page(self.metrics)
+            self.pages[PATH] = MetricsPage(self.metrics.read)
 
     def attach(self) -> None:
         """Count from now on, in place of an earlier worker of this process."""
@@ -282,17 +279,6 @@ def _oldest_active() -> Iterator[tuple[Labels, float]]:
             oldest[request.name] = max(age_s, oldest.get(request.name, 0.0))
     for task, age_s in oldest.items():
         yield (task,), age_s
-
-
-def _page(metrics: Metrics) -> Callable[[str], tuple[str, bytes]]:
-    try:
-        from celery_resilience.telemetry.prometheus import MetricsPage
-    except ImportError as exc:
-        missing = MissingExtra.of(
-            "prometheus_client", "prometheus", "resilience_metrics_port"
-        )
-        raise ConfigurationError(str(missing)) from exc
-    return MetricsPage(metrics.read)
 
 
 def count_in_run(event: str) -> None:

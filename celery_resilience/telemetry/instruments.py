@@ -67,6 +67,10 @@ class Instrument:
             return tuple(self.family + end for end in ("_bucket", "_count", "_sum"))
         return (self.family,)
 
+    def is_same(self, name: str, kind: Kind, labels: tuple[str, ...]) -> bool:
+        """Whether what is told by these is of this instrument."""
+        return (self.name, self.kind, self.labels) == (name, kind, labels)
+
 
 def _made(
     kind: Kind,
@@ -255,6 +259,9 @@ NOT_YET = frozenset({Outcome.RETRIED, Outcome.SNOOZED, Outcome.REQUEUED})
 
 #: Outcomes that each task has from the start on, so that the first one is seen.
 EXPECTED = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.RETRIED)
+
+#: Ends of children that are there from the start on, too.
+EXPECTED_EXITS = (("recycled", ""), ("signal", "SIGKILL"), ("exit", ""))
 
 #: Events of the rooms that are counted, from whichever process they come.
 COUNTED_EVENTS = (

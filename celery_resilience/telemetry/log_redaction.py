@@ -8,14 +8,14 @@ handler the user has gets no other record.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from celery_resilience._celery import (
     LOG_IGNORED,
     LOG_RETRY,
     quoting_lines,
-    running_task,
+    running,
 )
 from celery_resilience.redaction import MASK, mask, safe_text, show_arguments
 
@@ -33,25 +33,29 @@ TAKEN_OUT = frozenset({"args", "kwargs", "return_value"})
 SAYS_NOTHING = (None, "", "()", "[]", "{}", "None")
 
 
+NamesOf = Callable[[Any], tuple[Sequence[str], Collection[str]]]
+
+
 class CeleryRecords(logging.Filter):
     """
     Redacts Celery's records; those that our own repeat do not pass.
 
     Args:
-        hidden: Names of arguments to hide besides the usual ones.
+        names_of: The names of a task's positional parameters, and of the arguments to
+            hide besides the usual ones.
         tells: Whether a line of ours tells of retries and ignored tasks.
         is_ours: Whether a task's deliveries are settled by us.
     """
 
     def __init__(
         self,
-        hidden: Collection[str],
+        names_of: NamesOf,
         *,
         tells: Callable[[], bool],
         is_ours: Callable[[Any], bool],
     ) -> None:
         super().__init__()
-        self._hidden = tuple(hidden)
+        self._names_of = names_of
         self._tells = tells
         self._is_ours = is_ours
 
@@ -72,14 +76,12 @@ class CeleryRecords(logging.Filter):
         return True
 
     def _is_repeated(self, record: logging.LogRecord, data: Mapping[str, Any]) -> bool:
-        return (
-            (
-                record.msg == LOG_RETRY
-                or (record.msg == LOG_IGNORED and data.get("description") == "ignored")
-            )
-            and self._is_ours(running_task())
-            and self._tells()
+        is_ours_too = record.msg == LOG_RETRY or (
+            record.msg == LOG_IGNORED and data.get("description") == "ignored"
         )
+        if not is_ours_too or (here := running()) is None:
+            return False
+        return self._is_ours(here[0]) and self._tells()
 
     def _take_secrets_out(self, record: logging.LogRecord) -> None:
         """Mask what the running task's hidden arguments hold, wherever it is quoted."""
@@ -100,15 +102,13 @@ class CeleryRecords(logging.Filter):
                 record.exc_info, record.exc_text = None, masked_text
 
     def _secrets(self) -> tuple[str, ...]:
-        task = running_task()
-        request = None if task is None else task.request_stack.top
-        if request is None:
+        here = running()
+        if here is None:
             return ()
+        task, request = here
+        parameters, hidden = self._names_of(task)
         found = show_arguments(
-            request.args,
-            request.kwargs,
-            parameters=getattr(task, "parameter_names", ()),
-            hidden=getattr(task, "hidden_names", self._hidden),
+            request.args, request.kwargs, parameters=parameters, hidden=hidden
         ).secrets
         # An exception is told by its repr.
         return (*found, *(inner for it in found if (inner := repr(it)[1:-1]) != it))

@@ -10,7 +10,11 @@ from celery_resilience._celery import is_own_formatter
 from celery_resilience.telemetry.binding import bind_handlers, handlers
 from celery_resilience.telemetry.log import outcome_logger
 from celery_resilience.telemetry.log_format import LineFormatter
-from celery_resilience.telemetry.log_redaction import CeleryRecords, filter_celerys
+from celery_resilience.telemetry.log_redaction import (
+    CeleryRecords,
+    NamesOf,
+    filter_celerys,
+)
 
 
 class LogSetup:
@@ -21,6 +25,7 @@ class LogSetup:
         log_format: "json" or "logfmt": handlers that write as Celery does write lines of
             that; None: they stay as they are.
         hidden: Names that are never logged, besides the usual ones.
+        names_of: See `CeleryRecords`.
         is_ours: Whether a task's deliveries are settled by us.
     """
 
@@ -28,12 +33,14 @@ class LogSetup:
         self,
         log_format: str | None,
         hidden: Collection[str],
+        *,
+        names_of: NamesOf,
         is_ours: Callable[[Any], bool],
     ) -> None:
         self._format = log_format
         self._hidden = frozenset(name.lower() for name in hidden)
         self._records = CeleryRecords(
-            hidden,
+            names_of,
             tells=lambda: outcome_logger.isEnabledFor(logging.INFO),
             is_ours=is_ours,
         )

@@ -20,7 +20,13 @@ from celery_resilience.events import observe
 from celery_resilience.outcome import COUNTED, ENDED, Ended, Outcome, Settlement
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.instruments import OTHER, Instrument, Kind
-from celery_resilience.telemetry.series import Labels, Reading, Series
+from celery_resilience.telemetry.series import (
+    Histogram,
+    Labels,
+    Reading,
+    Series,
+    put,
+)
 
 logger = logging.getLogger("celery_resilience.telemetry")
 
@@ -32,6 +38,9 @@ MAX_BUSINESS = 200
 
 #: Values of each label of those.
 MAX_BUSINESS_VALUES = 200
+
+#: Tasks, queues and outcomes whose place is remembered.
+MAX_CELLS = 20_000
 
 Look = Callable[[], Iterable[tuple[Labels, float]]]
 
@@ -54,6 +63,18 @@ class _Counted(NamedTuple):
     instrument: Instrument
     labels: Labels
     amount: float
+
+
+class _Cells(NamedTuple):
+    """Where the deliveries of one task, queue and outcome are counted."""
+
+    outcomes: dict[Labels, float]
+    labels: Labels
+    run: Histogram
+    wait: Histogram
+    attempts: Histogram | None
+    successes: dict[Labels, float] | None
+    task: Labels
 
 
 class Metrics:
@@ -81,6 +102,7 @@ class Metrics:
         self._untold: deque[Callable[[], None]] = deque()
         self._lock = Lock()
         self._series = {it.name: Series(it) for it in i.ALL}
+        self._cells: dict[tuple[str, str, Outcome], _Cells] = {}
         self._business: dict[str, Series] = {}
         self._looks: dict[str, Look] = {}
         self._stops: list[Callable[[], None]] = []
@@ -180,14 +202,16 @@ class Metrics:
         """
         with self._lock:
             for task, queues in queues_of.items():
-                self._series[i.KEPT.name].add(("kept", task), 0)
+                self._series[i.KEPT.name].have(("kept", task))
                 for queue in queues:
                     for outcome in i.EXPECTED:
                         labels = (task, queue, str(outcome))
-                        self._series[i.OUTCOMES.name].add(labels, 0)
+                        self._series[i.OUTCOMES.name].have(labels)
             for name in i.COUNTED_EVENTS:
-                self._series[i.EVENTS.name].add((name,), 0)
-            self._series[i.DROPPED.name].add(("metrics",), 0)
+                self._series[i.EVENTS.name].have((name,))
+            for exit in i.EXPECTED_EXITS:
+                self._series[i.CHILD_EXITS.name].have(exit)
+            self._series[i.DROPPED.name].have(("metrics",))
 
     def look_at(self, instrument: Instrument, look: Look) -> None:
         """Ask *look* for the numbers of a gauge whenever somebody reads."""
@@ -246,22 +270,50 @@ class Metrics:
             self._count_fact(*note[0])
 
     def _count_ended(self, ended: Ended) -> None:
-        task, queue, outcome = self._task(ended.task), ended.queue, ended.outcome
-        series = self._series
-        series[i.OUTCOMES.name].add((task, queue, str(outcome)))
-        if ended.run_s is not None:
-            self._observe(i.RUN, (task, str(outcome)), ended.run_s)
-        if ended.wait_s is not None:
-            self._observe(i.WAIT, (task, queue), ended.wait_s)
-        if outcome not in i.NOT_YET and outcome is not Outcome.REVOKED:
-            self._observe(i.ATTEMPTS, (task,), ended.attempt)
-        if outcome is Outcome.SUCCEEDED:
-            series[i.LAST_SUCCESS.name].put((task,), self._clock())
-
-    def _observe(self, instrument: Instrument, labels: Labels, value: float) -> None:
-        self._series[instrument.name].observe(labels, value)
+        task, queue, outcome, attempt, run_s, wait_s = ended
+        key = (task, queue, outcome)
+        cells = self._cells.get(key)
+        if cells is None:
+            cells = self._find_cells(task, queue, outcome)
+            if len(self._cells) < MAX_CELLS:
+                self._cells[key] = cells
+        cells.outcomes[cells.labels] += 1
+        if run_s is not None:
+            put(cells.run, i.RUN, run_s)
+        if wait_s is not None:
+            put(cells.wait, i.WAIT, wait_s)
+        if cells.attempts is not None:
+            put(cells.attempts, i.ATTEMPTS, attempt)
+        if cells.successes is not None:
+            cells.successes[cells.task] = self._clock()
         if self.hears is not None:
-            self._untold.append(partial(self.hears, instrument, labels, value))
+            self._hear(self.hears, cells, ended)
+
+    def _find_cells(self, task: str, queue: str, outcome: Outcome) -> _Cells:
+        series, task = self._series, self._task(task)
+        is_last = outcome not in i.NOT_YET and outcome is not Outcome.REVOKED
+        outcomes = series[i.OUTCOMES.name]
+        successes = series[i.LAST_SUCCESS.name]
+        return _Cells(
+            outcomes.numbers,
+            outcomes.have((task, queue, str(outcome))),
+            series[i.RUN.name].histogram((task, str(outcome))),
+            series[i.WAIT.name].histogram((task, queue)),
+            series[i.ATTEMPTS.name].histogram((task,)) if is_last else None,
+            successes.numbers if outcome is Outcome.SUCCEEDED else None,
+            (task,),
+        )
+
+    def _hear(self, hears: Hears, cells: _Cells, ended: Ended) -> None:
+        task, queue, outcome = cells.labels
+        told: list[tuple[Instrument, Labels, float | None]] = [
+            (i.RUN, (task, outcome), ended.run_s),
+            (i.WAIT, (task, queue), ended.wait_s),
+            (i.ATTEMPTS, (task,), ended.attempt if cells.attempts else None),
+        ]
+        for instrument, labels, value in told:
+            if value is not None:
+                self._untold.append(partial(hears, instrument, labels, value))
 
     def _task(self, name: str) -> str:
         return name if name in self.tasks else OTHER
@@ -295,18 +347,13 @@ class Metrics:
         self, name: str, kind: Kind, labels: list[list[str]]
     ) -> Series | None:
         names = tuple(label for label, _ in labels)
-        series = self._business.get(name)
+        family = name.replace(".", "_")
+        series = self._business.get(family)
         if series is None and len(self._business) < MAX_BUSINESS:
             made = i.business(name, kind, names)
-            series = self._business[name] = Series(made, MAX_BUSINESS_VALUES)
+            series = self._business[family] = Series(made, MAX_BUSINESS_VALUES)
             self._untold.append(partial(self._tell_new, made))
-        if series is not None and (
-            series.instrument.kind,
-            series.instrument.labels,
-        ) == (
-            kind,
-            names,
-        ):
+        if series is not None and series.instrument.is_same(name, kind, names):
             return series
         self._series[i.DROPPED.name].add(("metrics",))
         self._tell_once(

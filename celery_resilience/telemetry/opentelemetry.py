@@ -81,6 +81,7 @@ class Spans:
             observe("delivery.failing_silently", self.failing),
             observe("delivery.requeued", self.requeued),
             observe("lifecycle.stopped", self.flush),
+            observe("lifecycle.exiting", self.flush),
         ]
 
     def detach(self) -> None:

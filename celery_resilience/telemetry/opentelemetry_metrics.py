@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 from typing import Any
-
-from opentelemetry import metrics as otel
-from opentelemetry.metrics import CallbackOptions, Observation
 
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.instruments import Instrument, Kind
@@ -32,11 +29,18 @@ class Exported:
 
     Args:
         meter: Of a MeterProvider of the SDK.
+        observation: OpenTelemetry's class of one number with its labels.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, meter: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        meter: Any,
+        observation: Callable[[float, Mapping[str, str]], Any],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._meter = meter
+        self._observation = observation
         self._clock = clock
         self._pid = os.getpid()
         self._lock = Lock()
@@ -94,13 +98,15 @@ class Exported:
         self,
         instrument: Instrument,
         read: Callable[[Reading], Iterator[tuple[Labels, float]]],
-    ) -> Callable[[CallbackOptions], list[Observation]]:
-        def observations(_: CallbackOptions) -> list[Observation]:
+    ) -> Callable[[Any], list[Any]]:
+        def observations(_: Any) -> list[Any]:
             reading = self._reading(instrument.name)
             if reading is None:
                 return []
             return [
-                Observation(value, dict(zip(instrument.labels, labels, strict=True)))
+                self._observation(
+                    value, dict(zip(instrument.labels, labels, strict=True))
+                )
                 for labels, value in read(reading)
             ]
 
@@ -142,11 +148,14 @@ def attach(metrics: Metrics) -> bool:
     Returns:
         False where the app has set none.
     """
+    from opentelemetry import metrics as otel
+
     provider = otel.get_meter_provider()
     if type(provider).__module__.startswith("opentelemetry.metrics"):
         return False  # the API's own, behind which there is nothing
     exported = _exported.get(id(provider))
     if exported is None:
-        exported = _exported[id(provider)] = Exported(provider.get_meter(SCOPE))
+        meter = provider.get_meter(SCOPE)
+        exported = _exported[id(provider)] = Exported(meter, otel.Observation)
     exported.show(metrics)
     return True

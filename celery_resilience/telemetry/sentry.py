@@ -43,6 +43,13 @@ DEATHS = frozenset({Reason.WORKER_LOST, Reason.HARD_TIME_LIMIT, Reason.MEMORY_LI
 _RUN = "_resilience_sentry"
 
 
+#: Why an event is not sent though nothing has failed.
+MEANT = frozenset({"before_send", "event_processor", "sample_rate", "ignored"})
+
+#: Marks a transport whose losses are counted.
+_COUNTED = "_celery_resilience_counted"
+
+
 class TellsMore(Protocol):
     """The child's end of the channel to the main process."""
 
@@ -93,6 +100,7 @@ class SentryEvents:
             observe("delivery.failing_silently", self.failing),
             observe("delivery.requeued", self.requeued),
             observe("lifecycle.stopped", self.flush),
+            observe("lifecycle.exiting", self.flush),
         ]
 
     def detach(self) -> None:
@@ -231,17 +239,21 @@ class _Run:
     ) -> dict[str, Any] | None:
         """Sentry's event processor."""
         task, request = self._task, self._request
+        job: Any = (event.get("extra") or {}).get("celery-job")
+        has_arguments = isinstance(job, dict) and "args" in job
+        is_transaction = event.get("type") == "transaction"
+        if is_transaction and not has_arguments:
+            return event
         shown = show_arguments(
             request.args,
             request.kwargs,
             parameters=task.parameter_names,
             hidden=task.hidden_names,
         )
-        job = (event.get("extra") or {}).get("celery-job")
-        if isinstance(job, dict) and "args" in job:
+        if has_arguments:
             # With `send_default_pii`.
             job["args"], job["kwargs"] = shown.args, shown.kwargs
-        if event.get("type") == "transaction":
+        if is_transaction:
             return event
         clear_breadcrumbs(event)
         Redactor(shown.secrets, task.hidden_names).clean(event)
@@ -275,6 +287,30 @@ class _Run:
                 task.name, task_id, marks, facts["exception"], reason
             ),
         )
+
+
+def count_lost_events(sdk: Any, lost: Callable[[int], None]) -> None:
+    """
+    Call *lost* with the number of events that the SDK could not send.
+
+    It counts them for Sentry itself, which it cannot reach (``transport.py:282``,
+    sentry-sdk 2.75); the wrap is on the client's own transport.
+    """
+    transport = getattr(sdk.get_client(), "transport", None)
+    record = getattr(transport, "record_lost_event", None)
+    if transport is None or record is None or getattr(transport, _COUNTED, False):
+        return
+
+    def record_and_count(
+        reason: str, data_category: Any = None, item: Any = None, **words: Any
+    ) -> None:
+        kind = data_category or getattr(item, "data_category", None)
+        if reason not in MEANT and kind == "error":
+            lost(1)
+        record(reason, data_category, item, **words)
+
+    setattr(transport, _COUNTED, True)
+    transport.record_lost_event = record_and_count
 
 
 def sdk_in_use() -> Any | None:

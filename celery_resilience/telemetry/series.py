@@ -36,6 +36,12 @@ class Histogram:
         return sum(self.counts)
 
 
+def put(histogram: Histogram, instrument: Instrument, value: float) -> None:
+    """Put one value into its bucket."""
+    histogram.counts[bisect_left(instrument.bounds, value)] += 1
+    histogram.sum += value
+
+
 class Series:
     """
     One instrument's numbers by its labels.
@@ -55,39 +61,32 @@ class Series:
         self._max_types = min(max_values, MAX_TYPES)
         self._known: list[set[str]] = [set() for _ in instrument.labels]
 
-    def add(self, labels: Labels, amount: float = 1) -> None:
-        """Count *amount* more."""
-        numbers = self.numbers
-        if labels not in numbers:
-            labels = self._bounded(labels)
-        numbers[labels] = numbers.get(labels, 0) + amount
-
-    def put(self, labels: Labels, value: float) -> None:
-        """Have this number from now on."""
+    def have(self, labels: Labels) -> Labels:
+        """Have a number under these labels, 0 at first; returns those that it has."""
         if labels not in self.numbers:
             labels = self._bounded(labels)
-        self.numbers[labels] = value
+            self.numbers.setdefault(labels, 0)
+        return labels
 
-    def observe(self, labels: Labels, value: float) -> None:
-        """Put one value into its bucket."""
-        found = self.histograms.get(labels) or self._histogram(labels)
-        found.counts[bisect_left(self.instrument.bounds, value)] += 1
-        found.sum += value
+    def add(self, labels: Labels, amount: float = 1) -> None:
+        """Count *amount* more."""
+        self.numbers[self.have(labels)] += amount
+
+    def histogram(self, labels: Labels) -> Histogram:
+        """The buckets under these labels; empty at first."""
+        found = self.histograms.get(labels)
+        if found is None:
+            labels = self._bounded(labels)
+            empty = [0] * (len(self.instrument.bounds) + 1)
+            found = self.histograms.setdefault(labels, Histogram(empty))
+        return found
 
     def merge(self, labels: Labels, counts: list[int], sum: float) -> None:
         """Add what another process has put into its buckets."""
-        found = self._histogram(labels)
+        found = self.histogram(labels)
         for at, count in enumerate(counts):
             found.counts[at] += count
         found.sum += sum
-
-    def _histogram(self, labels: Labels) -> Histogram:
-        if labels not in self.histograms:
-            labels = self._bounded(labels)
-        if labels not in self.histograms:
-            empty = [0] * (len(self.instrument.bounds) + 1)
-            self.histograms[labels] = Histogram(empty)
-        return self.histograms[labels]
 
     def _bounded(self, labels: Labels) -> Labels:
         return tuple(map(self._bounded_value, range(len(labels)), labels))
@@ -124,6 +123,7 @@ class Reading:
             copies = {
                 labels: Histogram(list(found.counts), found.sum)
                 for labels, found in series.histograms.items()
+                if found.count
             }
             return cls(series.instrument, histograms=copies)
         return cls(series.instrument, dict(series.numbers))

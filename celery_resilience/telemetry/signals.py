@@ -76,4 +76,4 @@ def hear_children(
         (signals.worker_process_init, on_started),
         (signals.worker_process_shutdown, on_ending),
     ):
-        signal.connect(receiver, weak=False, dispatch_uid=f"{uid}-spans")
+        signal.connect(receiver, weak=False, dispatch_uid=uid)

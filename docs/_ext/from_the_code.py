@@ -20,6 +20,7 @@ from sphinx.util.docutils import SphinxDirective
 from celery_resilience import command, explain, flags
 from celery_resilience.failed.record import FIELDS
 from celery_resilience.settings import Settings
+from celery_resilience.telemetry import dashboards, instruments
 
 
 def settings() -> Iterator[str]:
@@ -103,6 +104,27 @@ def risks() -> Iterator[str]:
         yield f"| `{code}` | {_cell(rule.text)} |"
 
 
+def metrics() -> Iterator[str]:
+    """Every metric, by its names in Prometheus and in OpenTelemetry."""
+    yield "| Prometheus | OpenTelemetry | kind, unit | labels | |"
+    yield "|---|---|---|---|---|"
+    for it in instruments.ALL:
+        labels = ", ".join(f"`{label}`" for label in it.labels)
+        yield (
+            f"| `{it.series[0]}` | `{it.name}` | {it.kind}, {_cell(it.unit)} | {labels} "
+            f"| {_cell(it.help)} |"
+        )
+
+
+def alerts() -> Iterator[str]:
+    """The alerts that are shipped."""
+    yield "| alert | lasts | severity | |"
+    yield "|---|---|---|---|"
+    for alert in dashboards.ALERTS:
+        summary = _cell(alert.summary)
+        yield f"| `Celery{alert.name}` | {alert.lasts} | {alert.severity} | {summary} |"
+
+
 def one_name_each(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -151,6 +173,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
         ("documents", documents),
         ("fates", fates),
         ("risks", risks),
+        ("metrics", metrics),
+        ("alerts", alerts),
     ):
         app.add_directive(name, _directive(write))
     # Before napoleon, which is at 500.

@@ -46,7 +46,7 @@ class Page:
                 "it. Tasks leak, and break the session that they share; and a deploy "
                 "comes in the middle\nof an import. Once with plain Celery, once with "
                 "[b]base=ResilientTask[/b], where the charge has\na key and the import "
-                "is a stream.",
+                "is a batch.",
                 title="[b]One bad day at the shop, twice[/b]",
                 title_align="left",
                 padding=(1, 2),

@@ -8,10 +8,11 @@ from celery import Celery, signals
 from django.conf import settings
 
 from celery_resilience import Resilience
-from example_project.shop import pulse
+from example_project.shop import pulse, watching
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example_project.shop.settings")
 
+watching.begin()
 app = Celery("shop")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()

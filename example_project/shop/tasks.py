@@ -35,18 +35,27 @@ misfortunes = Misfortunes(settings.SHOP_MISFORTUNES)
 
 
 @app.task(base=Base, bind=True)
-def import_orders(self: Any, first: int, last: int) -> None:
+def import_orders(self: Any, first: int, last: int) -> dict[str, Any]:
     """Send every order of these lines of the file on its way."""
     lines = settings.SHOP_ORDERS_CSV.read_bytes().splitlines()
-    for line_no in self.resilience.stream(range(first, last + 1), size=20):
-        misfortunes.deploy(line_no)
-        for _ in range(misfortunes.clicks(line_no)):
-            order = chain(
-                enrich.s(line_no, lines[line_no - 1]).set(task_id=f"line-{line_no}"),
-                charge.s(),
-                ship.s(),
-            )
-            order.on_error(apologise.si(line_no)).apply_async(root_id=f"line-{line_no}")
+    with self.resilience.batch("orders", chunk=20) as batch:
+        for line_no in batch.items(range(first, last + 1)):
+            with batch.item(line_no):
+                misfortunes.deploy(line_no)
+                for _ in range(misfortunes.clicks(line_no)):
+                    send_order(line_no, lines[line_no - 1])
+    report: dict[str, Any] = batch.report
+    return report
+
+
+def send_order(line_no: int, raw: bytes) -> None:
+    """Send one order on its way."""
+    order = chain(
+        enrich.s(line_no, raw).set(task_id=f"line-{line_no}"),
+        charge.s(),
+        ship.s(),
+    )
+    order.on_error(apologise.si(line_no)).apply_async(root_id=f"line-{line_no}")
 
 
 @app.task(

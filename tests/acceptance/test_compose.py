@@ -97,7 +97,8 @@ def test_a_service_is_watched_bounded_and_started_again(name: str) -> None:
 @pytest.mark.parametrize("name", list(SERVICES))
 def test_an_image_is_pinned_to_a_major(name: str) -> None:
     """`latest`, or no tag, is another program next year."""
-    assert re.fullmatch(r"[a-z-]+:[1-9]\d*(\.\d+)*(-[a-z]+)?", SERVICES[name]["image"])
+    name_and_tag = r"([a-z]+/)?[a-z-]+:v?[1-9]\d*(\.\d+)*(-[a-z]+)?"
+    assert re.fullmatch(name_and_tag, SERVICES[name]["image"])
 
 
 def test_ports_are_this_machines_own() -> None:
@@ -158,8 +159,25 @@ def test_volumes_are_declared_and_used() -> None:
         for service in SERVICES.values()
         for volume in service.get("volumes", ())
     }
+    files = {path for path in mounted if path.startswith("./")}
 
-    assert mounted == set(COMPOSE["volumes"])
+    assert mounted - files == set(COMPOSE["volumes"])
+    assert all((ROOT / path).is_file() for path in files)
+
+
+def test_prometheus_scrapes_the_port_of_the_worker() -> None:
+    """And loads the rules where they are mounted; Grafana asks that Prometheus."""
+    folder = EXAMPLE / "monitoring"
+    prometheus = yaml.safe_load((folder / "prometheus.yml").read_text())
+    (source,) = yaml.safe_load((folder / "grafana.yml").read_text())["datasources"]
+
+    (job,) = prometheus["scrape_configs"]
+    port = re.search(r"--metrics-port (\d+)", SERVICES["worker"]["command"])
+    assert port is not None
+    assert job["static_configs"] == [{"targets": [f"worker:{port[1]}"]}]
+    mounts = [it.split(":")[1] for it in SERVICES["prometheus"]["volumes"]]
+    assert set(prometheus["rule_files"]) <= set(mounts)
+    assert source["url"] == "http://prometheus:9090"
 
 
 def read_by_the_shop() -> set[str]:

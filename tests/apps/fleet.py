@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batch_tasks
 import circuit_tasks
 import keyed_tasks
 import memory_tasks
+import metric_tasks
 import retry_tasks
 import stream_tasks
 from celery import Celery, Task, signals
@@ -57,7 +59,9 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         conf: Celery's and our settings; and `fleet_queues`, the arguments of
             queues by their names, each bound to a topic exchange of its name; and
             `fleet_broadcast`, what every worker listens to besides; and
-            `fleet_database`, see `session_tasks`.
+            `fleet_database`, see `session_tasks`; and `fleet_log`, see `log_tasks`; and
+            `fleet_databases`, several of them by the prefixes of their tasks; and
+            `fleet_constants`, see `fleet_worker`.
         is_plain: Without celery-resilience, for comparison.
     """
     app = Celery("fleet", set_as_current=False)
@@ -87,8 +91,18 @@ def make_app(conf: dict[str, Any], *, is_plain: bool = False) -> Celery:
         import session_tasks
 
         session_tasks.register(app, base, note, conf)
+    if "fleet_log" in conf:
+        import log_tasks
+
+        log_tasks.register(app, base, conf["fleet_log"])
+    for prefix, database in conf.get("fleet_databases", {}).items():
+        import session_tasks
+
+        session_tasks.register(app, base, note, database, prefix)
     if not is_plain:
         circuit_tasks.register(app, base, note)
+        batch_tasks.register(app, base, note)
+        metric_tasks.register(app, base, conf)
         retry_tasks.register(app, base, note)
     return app
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from typing import Any
 
 from celery import Task
@@ -46,7 +47,9 @@ class Row(Base):
         return self.name
 
 
-def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
+def register(
+    app: Any, base: Any, note: Any, conf: dict[str, Any], prefix: str = ""
+) -> None:
     """
     Give *app* the tasks below.
 
@@ -54,10 +57,11 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         conf: `fleet_database`: the URL; `fleet_engine`: options of the engine;
             `fleet_connects`: connect where the app is imported, before any fork;
             `fleet_is_async`: the tasks of `register_async` instead.
+        prefix: Of the tasks' names, where the app has them for several databases.
     """
     url = conf["fleet_database"]
     if conf.get("fleet_is_async"):
-        register_async(app, base, conf)
+        register_async(app, base, conf, prefix)
         return
     engine = create_engine(url, **conf.get("fleet_engine", {}))
     session = scoped_session(sessionmaker(engine))
@@ -65,8 +69,10 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
 
-    def task(**options: Any) -> Any:
-        return app.task(base=base, bind=True, shared=False, **options)
+    def task(name: str, **options: Any) -> Any:
+        return app.task(
+            base=base, bind=True, shared=False, name=prefix + name, **options
+        )
 
     def backend() -> int:
         return int(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
@@ -121,6 +127,30 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         session.flush()
         terminate(backend())
         session.commit()
+
+    @task(name="s.killed_in_commit")
+    def killed_in_commit(self: Any, name: str) -> None:
+        # Its COMMIT waits for a deferred trigger, and tells so by a lock.
+        for statement in _SLOW_COMMIT:
+            session.execute(text(statement))
+        session.add(Row(name=name))
+        session.flush()
+        pid = backend()
+
+        def kill() -> None:
+            other = create_engine(url, isolation_level="AUTOCOMMIT")
+            with other.connect() as connection:
+                while not connection.execute(text(_COMMITS), {"pid": pid}).scalar():
+                    time.sleep(0.01)
+            terminate(pid)
+            other.dispose()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            session.commit()
+        finally:
+            killer.join()
 
     @task(name="s.killed_after_commit")
     def killed_after_commit(self: Any, name: str) -> None:
@@ -208,8 +238,11 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
     def nests(self: Any, name: str) -> None:
         session.add(Row(name=name))
         session.flush()
-        app.tasks["s.add_and_return"].apply(args=(f"{name}, applied",))
-        app.tasks["s.add_and_return"](f"{name}, called")
+        if "," in name:
+            return
+        app.tasks[f"{prefix}s.add_and_return"].apply(args=(f"{name}, applied",))
+        app.tasks[f"{prefix}s.add_and_return"](f"{name}, called")
+        self.apply(args=(f"{name}, itself",))
         session.commit()
 
     @task(name="s.returns_row")
@@ -230,7 +263,7 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
             session.add(Row(name=f"failed: {exc}"))
             session.commit()
 
-    @app.task(base=Handled, name="s.handled", shared=False)
+    @app.task(base=Handled, name=f"{prefix}s.handled", shared=False)
     def handled(name: str) -> None:
         session.add(Row(name=name))
         session.flush()
@@ -254,7 +287,7 @@ def register(app: Any, base: Any, note: Any, conf: dict[str, Any]) -> None:
         assert ended
 
 
-def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:
+def register_async(app: Any, base: Any, conf: dict[str, Any], prefix: str) -> None:
     """Tasks of an asynchronous engine, with the loop that the task asks for."""
     engine = create_async_engine(conf["fleet_database"])
 
@@ -263,8 +296,10 @@ def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:
             asked = await connection.execute(text("SELECT pg_backend_pid()"))
             return int(asked.scalar_one())
 
-    def task(**options: Any) -> Any:
-        return app.task(base=base, bind=True, shared=False, **options)
+    def task(name: str, **options: Any) -> Any:
+        return app.task(
+            base=base, bind=True, shared=False, name=prefix + name, **options
+        )
 
     @task(name="a.asyncio_run")
     def asyncio_run(self: Any) -> int:
@@ -305,6 +340,18 @@ def register_async(app: Any, base: Any, conf: dict[str, Any]) -> None:
         async with engine.connect() as connection:
             await connection.execute(text("SELECT pg_sleep(60) /* abandoned */"))
 
+
+#: Let the COMMIT of this transaction last; without it there is neither of them.
+_SLOW_COMMIT = (
+    """CREATE FUNCTION waits() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(60); RETURN NULL; END $$""",
+    """CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON session_rows
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION waits()""",
+)
+
+#: Whether a backend is in its COMMIT.
+_COMMITS = """SELECT count(*) FROM pg_stat_activity
+    WHERE pid = :pid AND state = 'active' AND query = 'COMMIT'"""
 
 #: Connections that nobody gives back.
 _kept: list[Any] = []

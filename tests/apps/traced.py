@@ -23,7 +23,7 @@ def set_up(conf: dict[str, Any]) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         provider = TracerProvider()
-        exporter = OTLPSpanExporter(endpoint=conf["fleet_spans"])
+        exporter = OTLPSpanExporter(endpoint=conf["fleet_spans"], timeout=1)
         provider.add_span_processor(
             BatchSpanProcessor(exporter, schedule_delay_millis=200)
         )

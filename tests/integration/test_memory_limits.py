@@ -10,9 +10,10 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import FleetMaker
-from fleet_runner import Worker
+from conftest import BROKERS, FleetMaker, conf_for
+from fleet_runner import Fleet, Worker, fleet_on
 from polling import eventually
+from services import Service
 
 CAP_MIB = 300
 
@@ -22,21 +23,25 @@ def done(sent: list[Any]) -> bool:
     return all(result.state == "SUCCESS" for result in sent)
 
 
-def sizes_mib(worker: Worker) -> Iterator[float]:
+def sizes_mib(worker: Worker) -> dict[int, float]:
     """Resident memory of each child."""
+    found = {}
     for pid in worker.children():
         with contextlib.suppress(psutil.Error):
-            yield psutil.Process(pid).memory_info().rss / (1 << 20)
+            found[pid] = psutil.Process(pid).memory_info().rss / (1 << 20)
+    return found
 
 
 def watched(worker: Worker) -> Callable[[], float]:
     """Watches a worker's children; ends with what one had at most above its start."""
-    at_start = min(sizes_mib(worker))
+    at_start = sizes_mib(worker)
+    fresh = min(at_start.values())
     most, end = [0.0], threading.Event()
 
     def look() -> None:
         while not end.wait(0.01) and worker.is_alive:
-            most[0] = max(most[0], *sizes_mib(worker), 0)
+            for pid, size in sizes_mib(worker).items():
+                most[0] = max(most[0], size - at_start.get(pid, fresh))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -44,9 +49,72 @@ def watched(worker: Worker) -> Callable[[], float]:
     def stop() -> float:
         end.set()
         thread.join()
-        return most[0] - at_start
+        return most[0]
 
     return stop
+
+
+class Limited:
+    """A worker whose runs have a limit, which several tests use."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.worker = fleet.worker()
+        self._failed = self._succeeded = 0
+
+    def fails(self, name: str, how: str, *, most_mib: float = 1.5 * CAP_MIB) -> Any:
+        """One run fails with a record, which is returned, and its neighbours do not."""
+        fleet, worker = self.fleet, self.worker
+        stop = watched(worker)
+        neighbours = [fleet.send("hold", 1, 0.3) for _ in range(3)]
+        sent = fleet.send(name, how)
+        neighbours += [fleet.send("hold", 1, 0.3) for _ in range(3)]
+
+        record = fleet.record_of(sent.id)
+        self._failed += 1
+        self._succeeded += len(neighbours)
+        eventually(lambda: done(neighbours), what=worker.text[-3000:])
+        eventually(lambda: sent.state == "FAILURE")
+        assert record["reason"] == "memory_limit"
+        assert record["exception"].endswith("MemoryLimitExceeded")
+        assert fleet.runs(sent.id) == 1
+        assert stop() < most_mib
+        return record
+
+    def end(self) -> None:
+        """Stop the worker: it has had one outcome for each message, and no other."""
+        assert self.worker.stop() == 0
+        assert self.worker.outcomes() == {
+            "received": self._failed + self._succeeded,
+            "succeeded": self._succeeded,
+            "failed": self._failed,
+        }
+
+
+@pytest.fixture(scope="module")
+def limited_on(
+    servers: Callable[[str], Service], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Limited]]:
+    """The worker on each broker."""
+    made: dict[str, Limited] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(broker: str) -> Limited:
+            if broker not in made:
+                name = BROKERS[broker]
+                conf = conf_for(
+                    broker,
+                    tmp_path_factory.mktemp(broker),
+                    None if name is None else servers(name),
+                    resilience_memory_limit_mib=CAP_MIB,
+                )
+                folder = tmp_path_factory.mktemp("limited")
+                fleet = stack.enter_context(fleet_on(folder, conf))
+                made[broker] = Limited(fleet)
+                stack.callback(made[broker].end)
+            return made[broker]
+
+        yield get
 
 
 @pytest.mark.parametrize(
@@ -60,52 +128,34 @@ def watched(worker: Worker) -> Callable[[], float]:
     ],
 )
 def test_an_allocation_above_the_limit_fails_in_the_task(
-    make_fleet: FleetMaker, broker: str, name: str, how: str
+    limited_on: Callable[[str], Limited], broker: str, name: str, how: str
 ) -> None:
     """The run is failed as memory_limit with the figures, and its child lives."""
-    fleet = make_fleet(broker, resilience_memory_limit_mib=CAP_MIB)
-    worker = fleet.worker()
-    stop = watched(worker)
-    children = sorted(worker.children())
-    neighbours = [fleet.send("hold", 1, 0.3) for _ in range(3)]
-    sent = fleet.send(name, how)
-    neighbours += [fleet.send("hold", 1, 0.3) for _ in range(3)]
+    limited = limited_on(broker)
+    children = sorted(limited.worker.children())
 
-    record = fleet.record_of(sent.id)
-    eventually(lambda: done(neighbours), what=worker.text[-3000:])
-    assert record["reason"] == "memory_limit"
+    record = limited.fails(name, how)
+
     assert "with a limit of 300 MiB" in record["message"]
-    assert record["exception"].endswith("MemoryLimitExceeded")
-    eventually(lambda: sent.state == "FAILURE")
-    assert fleet.runs(sent.id) == 1
-    assert sorted(worker.children()) == children
-    assert stop() < 1.5 * CAP_MIB
-    assert worker.stop() == 0
-    assert worker.outcomes() == {"received": 7, "succeeded": 6, "failed": 1}
+    assert sorted(limited.worker.children()) == children
 
 
 @pytest.mark.parametrize(
     ("broker", "name"), [("redis", "unbridled"), ("filesystem", "unbridled_late")]
 )
 def test_where_nothing_is_enforced_the_run_is_signalled(
-    make_fleet: FleetMaker, broker: str, name: str
+    limited_on: Callable[[str], Limited], broker: str, name: str
 ) -> None:
     """It cleans up, fails as memory_limit, and its child lives."""
-    fleet = make_fleet(broker, resilience_memory_limit_mib=CAP_MIB)
-    worker = fleet.worker()
-    stop = watched(worker)
-    children = sorted(worker.children())
-    sent = fleet.send(name, "in steps")
+    limited = limited_on(broker)
+    children = sorted(limited.worker.children())
 
-    record = fleet.record_of(sent.id)
-    assert record["reason"] == "memory_limit"
+    record = limited.fails(name, "in steps")
+
     assert "it was signalled" in record["message"]
-    assert fleet.notes("cleaned up") == [["cleaned up", sent.id, "MemoryLimitExceeded"]]
-    assert fleet.runs(sent.id) == 1
-    assert sorted(worker.children()) == children
-    assert stop() < 1.5 * CAP_MIB
-    assert worker.stop() == 0
-    assert worker.outcomes() == {"received": 1, "failed": 1}
+    cleaned = ["cleaned up", record["task_id"], "MemoryLimitExceeded"]
+    assert limited.fleet.notes("cleaned up") == [cleaned]
+    assert sorted(limited.worker.children()) == children
 
 
 @pytest.mark.parametrize(
@@ -118,26 +168,19 @@ def test_where_nothing_is_enforced_the_run_is_signalled(
     ],
 )
 def test_what_does_not_hear_the_signal_is_ended(
-    make_fleet: FleetMaker, broker: str, name: str, how: str
+    limited_on: Callable[[str], Limited], broker: str, name: str, how: str
 ) -> None:
     """That one child, which is replaced; its run fails once, and does not come again."""
-    fleet = make_fleet(broker, resilience_memory_limit_mib=CAP_MIB)
-    worker = fleet.worker()
-    stop = watched(worker)
-    neighbours = [fleet.send("hold", 1, 0.3) for _ in range(3)]
-    sent = fleet.send(name, how)
-    neighbours += [fleet.send("hold", 1, 0.3) for _ in range(3)]
+    limited = limited_on(broker)
+    children = sorted(limited.worker.children())
 
-    record = fleet.record_of(sent.id)
-    eventually(lambda: done(neighbours), what=worker.text[-3000:])
-    assert record["reason"] == "memory_limit"
-    assert "was ended" in record["message"]
-    eventually(lambda: sent.state == "FAILURE")
-    assert fleet.runs(sent.id) == 1
     # One call into C fills gigabytes in a second, between two looks.
-    assert stop() < (2_048 if how == "at once" else 1.5 * CAP_MIB)
-    assert worker.stop() == 0
-    assert worker.outcomes() == {"received": 7, "succeeded": 6, "failed": 1}
+    most_mib = 2_048 if how == "at once" else 1.5 * CAP_MIB
+    record = limited.fails(name, how, most_mib=most_mib)
+
+    assert "was ended" in record["message"]
+    eventually(lambda: len(limited.worker.children()) == len(children))
+    assert sorted(limited.worker.children()) != children
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["resilient", "plain"])

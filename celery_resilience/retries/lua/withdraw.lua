@@ -21,7 +21,7 @@ elseif left < 0 then
   wait_s = -left / per_s
 end
 redis.call('HSET', key, 'tokens', string.format('%.6f', left),
-  'at', string.format('%.6f', now))
+  'at', string.format('%.6f', math.max(now, at)))
 -- Then it is full, as one that nobody knows is.
 redis.call('PEXPIRE', key, math.ceil((most - left) / per_s * 1000) + 60000)
 return {granted, string.format('%.6f', wait_s)}

@@ -97,3 +97,52 @@ def test_a_server_that_never_answered_is_closed() -> None:
 
     with socket.create_server(("127.0.0.1", port)) as next_one:
         assert next_one.getsockname()[1] == port
+
+
+# --- others' pages ---------------------------------------------------------------------
+
+
+def test_a_page_is_shown_beside_the_answers() -> None:
+    """With its own type, in the form that the client accepts."""
+    port = free_port()
+    pages = {"/metrics": lambda accept: (f"text/{accept}", b"x 1\n")}
+    server = HealthServer(("127.0.0.1", port), ANSWERS, dict, pages)
+    server.serve()
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/metrics", headers={"Accept": "odd"})
+        response = connection.getresponse()
+        assert response.getheader("Content-Type") == "text/odd"
+        assert response.read() == b"x 1\n"
+        assert ask(port, "/live")[0] == 200
+        assert json.loads(ask(port, "/")[1]) == {
+            "paths": ["/live", "/metrics", "/ready"]
+        }
+    finally:
+        server.close()
+
+
+def test_a_page_that_fails_is_an_error_and_no_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The client is told, the log has the reason, and the next one is answered."""
+    port = free_port()
+
+    def fail(accept: str) -> tuple[str, bytes]:
+        raise RuntimeError("nothing to show")
+
+    server = HealthServer(("127.0.0.1", port), {}, dict, {"/metrics": fail})
+    server.serve()
+    try:
+        assert [ask(port, "/metrics")[0] for _ in range(2)] == [500, 500]
+    finally:
+        server.close()
+    assert "nothing to show" in caplog.text
+
+
+def test_a_taken_port_is_refused_by_its_own_name() -> None:
+    """Not by that of the health port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()[:2]
+        with pytest.raises(ConfigurationError, match="resilience_metrics_port: cannot"):
+            HealthServer(address, {}, dict, {}, "metrics_port")

@@ -19,7 +19,13 @@ from celery_resilience.memory.policy import Sustained
 from celery_resilience.memory.proc import ProcMemory, Usage, own_kib_of
 from celery_resilience.memory.recycling import Recycler
 from celery_resilience.memory.slots import OTHER_TASKS, Slots
-from celery_resilience.memory.task import MemoryAround, RunLimits, lifts_data_limit
+from celery_resilience.memory.task import (
+    GAP_S,
+    SHORT_S,
+    MemoryAround,
+    RunLimits,
+    lifts_data_limit,
+)
 from celery_resilience.soft_limit import MEMORY_SIGNAL
 
 MIB = 1_024
@@ -33,9 +39,11 @@ class Eye:
     peak: int | None = None
     is_blind: bool = False
     forgotten: int = 0
+    looks: int = 0
 
     def read(self) -> Usage:
         """What it has."""
+        self.looks += 1
         if self.is_blind:
             raise OSError("closed")
         return Usage(self.own_kib, self.own_kib + 10 * MIB, self.own_kib)
@@ -69,10 +77,15 @@ class Child:
         self.around.enter_child(self.place)
 
     def run(
-        self, task: str, grows_mib: int = 0, exc: BaseException | None = None
+        self,
+        task: str,
+        grows_mib: int = 0,
+        exc: BaseException | None = None,
+        lasts_s: float = 1.0,
     ) -> None:
         """One run of a task."""
         self.around.before(Named(task), None)
+        self.now += lasts_s
         self.eye.own_kib += grows_mib * MIB
         self.around.after(Named(task), None, exc)
 
@@ -128,6 +141,77 @@ def test_growth_and_peak_of_each_run_are_told(slots: Slots) -> None:
     assert slots.tasks[child.slot[s.LAST_TASK]] == "leak"
     assert child.slot[s.OWN] - child.slot[s.START] == 5 * MIB
     assert child.eye.forgotten == 1
+
+
+def quick(child: Child, grows_mib: int = 0, *, gap_s: float = 0.0) -> int:
+    """A run of a tenth of a millisecond; returns how often memory was looked at."""
+    looks = child.eye.looks
+    child.now += gap_s
+    child.run("ship", grows_mib, lasts_s=0.000_1)
+    return child.eye.looks - looks
+
+
+def test_a_quick_run_without_a_new_peak_is_not_looked_at(slots: Slots) -> None:
+    """It is counted, and costs no more than the question for the peak."""
+    child = Child(slots, eye=Eye(peak=60 * MIB))
+    assert quick(child) == 1
+
+    assert [quick(child) for _ in range(3)] == [0, 0, 0]
+
+    (ship,) = slots.by_task()
+    assert (ship.runs, ship.growth_kib) == (4, 0)
+    assert child.slot[s.RUNNING] == 0
+    assert child.eye.forgotten == 1
+
+
+def test_a_quick_run_that_takes_memory_is_looked_at(slots: Slots) -> None:
+    """Its growth and its peak are exact."""
+    child = Child(slots, eye=Eye(peak=60 * MIB))
+    quick(child)
+    child.eye.peak = 64 * MIB
+
+    assert quick(child, 3) == 1
+
+    (ship,) = slots.by_task()
+    assert (ship.growth_kib, ship.peak_kib) == (3 * MIB, 4 * MIB)
+    assert child.slot[s.OWN] == 53 * MIB
+
+
+def test_a_run_that_may_have_given_memory_back_is_looked_at(slots: Slots) -> None:
+    """That takes longer than a quick run."""
+    child = Child(slots, eye=Eye(peak=60 * MIB))
+    quick(child)
+    looks = child.eye.looks
+    child.run("ship", -20, lasts_s=SHORT_S)
+
+    assert child.eye.looks == looks + 1
+    assert child.slot[s.OWN] == 30 * MIB
+
+
+def test_a_peak_is_forgotten_when_another_runs_may_be_below_it(slots: Slots) -> None:
+    """After a spike, and after a while in which something else had memory."""
+    child = Child(slots, eye=Eye(peak=60 * MIB))
+    quick(child)
+    quick(child)
+    assert child.eye.forgotten == 1
+
+    quick(child, gap_s=GAP_S)
+    assert child.eye.forgotten == 2
+    child.eye.peak = 90 * MIB
+    quick(child)
+    assert child.eye.forgotten == 2
+    child.eye.peak = 60 * MIB
+    quick(child)
+    assert child.eye.forgotten == 3
+    quick(child)
+    assert child.eye.forgotten == 3
+
+
+def test_where_runs_have_limits_each_is_looked_at(slots: Slots) -> None:
+    """What a run may take is reckoned from what there is."""
+    child = Child(slots, LIMITS, Eye(peak=60 * MIB))
+
+    assert [quick(child) for _ in range(3)] == [1, 1, 1]
 
 
 def test_an_unknown_peak_is_not_guessed(slots: Slots) -> None:

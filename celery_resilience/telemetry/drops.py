@@ -1,0 +1,86 @@
+"""What telemetry a worker's processes could not send, counted over all of them."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping
+from threading import Event
+
+from celery_resilience.events import emit
+from celery_resilience.threads import start_deaf
+
+logger = logging.getLogger("celery_resilience.telemetry")
+
+#: What is counted, in the words of the metrics.
+SIGNALS = ("spans", "events")
+
+#: Processes that can count at once; two whose pids are equal modulo this number share a
+#: place, and may lose each other's count.
+PLACES = 4_096
+
+#: Seconds between two looks at what was counted, and between two lines about it.
+LOOK_S = 5.0
+SAY_AGAIN_S = 60.0
+
+_CELL = struct.Struct("Q")
+_ROW = _CELL.size * len(SIGNALS)
+
+
+class Drops:
+    """
+    Counts of what was dropped; made before the pool forks, so that children share it.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._memory = mmap.mmap(-1, _ROW * PLACES)
+        self._clock = clock
+        self._told = dict.fromkeys(SIGNALS, 0)
+        self._unsaid = dict.fromkeys(SIGNALS, 0)
+        self._say_at = 0.0
+        self._has_ended = Event()
+
+    def add(self, signal: str, count: int = 1) -> None:
+        """Any process: so many were dropped."""
+        # By its own process alone, so that no lock is held by one that is killed.
+        at = os.getpid() % PLACES * _ROW + SIGNALS.index(signal) * _CELL.size
+        known = _CELL.unpack_from(self._memory, at)[0]
+        _CELL.pack_into(self._memory, at, known + count)
+
+    def totals(self) -> Mapping[str, int]:
+        """Of all processes."""
+        cells = struct.unpack(f"{len(SIGNALS) * PLACES}Q", self._memory[:])
+        return {name: sum(cells[i :: len(SIGNALS)]) for i, name in enumerate(SIGNALS)}
+
+    def tell(self) -> None:
+        """Main process: tell what was dropped since the last time."""
+        for signal, total in self.totals().items():
+            new = total - self._told[signal]
+            if new > 0:
+                self._told[signal] = total
+                self._unsaid[signal] += new
+                emit("telemetry.dropped", signal=signal, count=new)
+        if any(self._unsaid.values()) and self._clock() >= self._say_at:
+            self._say_at = self._clock() + SAY_AGAIN_S
+            words = ", ".join(f"{n} {name}" for name, n in self._unsaid.items() if n)
+            self._unsaid = dict.fromkeys(SIGNALS, 0)
+            logger.warning("telemetry could not be sent, and is lost: %s", words)
+
+    def watch(self) -> None:
+        """Main process: look every few seconds, in a thread, until `close`."""
+
+        def run() -> None:
+            while not self._has_ended.wait(LOOK_S):
+                self.tell()
+
+        start_deaf(run, "telemetry-drops")
+
+    def close(self) -> None:
+        """The worker ends."""
+        self._has_ended.set()
+        self.tell()

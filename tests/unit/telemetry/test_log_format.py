@@ -1,0 +1,122 @@
+"""With `resilience_log_format`, every line of a worker is one line of facts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+import pytest
+
+from celery_resilience.telemetry.log_format import (
+    LineFormatter,
+    Told,
+    as_json,
+    as_logfmt,
+)
+
+
+def a_record(message: str, *args: Any, **attributes: Any) -> logging.LogRecord:
+    """A record of an app's own."""
+    exc_info = attributes.pop("exc_info", None)
+    record = logging.LogRecord(
+        "shop", logging.WARNING, "shop.py", 7, message, args, exc_info
+    )
+    record.created = 1_700_000_000.25
+    vars(record).update(attributes)
+    return record
+
+
+def line(record: logging.LogRecord, **words: Any) -> dict[str, Any]:
+    """What stands in the line of a record."""
+    text = LineFormatter("json", **words).format(record)
+    assert "\n" not in text
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def test_a_line_says_when_who_and_what() -> None:
+    """And what is bound to it, or was given with it."""
+    record = a_record("sent %d\n%s", 7, "\x1b[31m", task_id="t", order=[1, {"a": 2}])
+
+    assert line(record) == {
+        "at": "2023-11-14T22:13:20.250+00:00",
+        "level": "WARNING",
+        "logger": "shop",
+        "process": "MainProcess",
+        "message": "sent 7\n\\x1b[31m",
+        "task_id": "t",
+        "order": [1, {"a": 2}],
+    }
+
+
+def test_a_record_of_ours_is_its_facts() -> None:
+    """Not a text of facts within a line of facts."""
+    told = Told({"event": "worker_started", "pid": 7}, "it starts", as_json)
+
+    shown = line(a_record("%s", told, event_name="worker_started", pid=7))
+
+    assert (shown["event"], shown["pid"], shown["message"]) == (
+        "worker_started",
+        7,
+        "it starts",
+    )
+    assert "event_name" not in shown
+
+
+def test_an_exception_is_one_of_the_facts() -> None:
+    """With its lines, in one line."""
+    try:
+        raise ValueError("no stock")
+    except ValueError:
+        record = a_record("it failed", exc_info=sys.exc_info())
+
+    traceback = line(record)["traceback"]
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert traceback.endswith("ValueError: no stock")
+
+
+def test_a_hidden_name_is_masked() -> None:
+    """The usual ones, and those of the setting; Celery's `data` is left out."""
+    record = a_record("x", password="hunter2", Pin="1234", data={"args": "hunter2"})
+
+    shown = line(record, hidden={"pin"})
+
+    assert (shown["password"], shown["Pin"]) == ("***", "***")
+    assert "hunter2" not in json.dumps(shown)
+
+
+class Unwritable:
+    """Raises when it is asked for its text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "value", [object(), Unwritable(), {1, 2}, {(1, 2): 3}, b"\xff"]
+)
+def test_a_value_that_is_no_json_is_written_as_text(value: Any) -> None:
+    """A line is never lost for what an app has put in it."""
+    assert line(a_record("x", thing=value))["message"] == "x"
+
+
+def test_a_value_within_itself_is_written_as_text() -> None:
+    """So is the rest of its line."""
+    value: list[Any] = []
+    value.append(value)
+
+    assert json.loads(as_json({"a": value, "b": 1})) == {"a": "[[...]]", "b": "1"}
+
+
+def test_a_line_of_logfmt_has_the_same_facts() -> None:
+    """Whatever an app calls its attributes."""
+    record = a_record("two words", **{"a b": 1})
+
+    text = LineFormatter("logfmt").format(record)
+
+    assert text.startswith("at=2023-11-14T22:13:20.250+00:00 level=WARNING logger=shop")
+    assert ' message="two words"' in text
+    assert text.endswith(" a_b=1")
+    assert as_logfmt({"a": None}) == ""
