@@ -76,7 +76,8 @@ def nothing() -> None:
 
 def ours(url: str, name: str) -> FleetBreaker:
     """A circuit in Redis."""
-    server = RedisServer(url, "bench", **LIMITS)
+    limits: dict[str, Any] = dict(LIMITS)
+    server = RedisServer(url, "bench", **limits)
     store = RedisCircuitStore(server)
     fleet = Circuits(lambda: store, lambda: {name: CircuitOptions(open_s=600.0)})
     return FleetBreaker(fleet, fleet.get(name))
