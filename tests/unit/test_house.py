@@ -64,6 +64,9 @@ OPTIONAL = {
     "gevent": ("gevent",),
     "psutil": ("psutil",),
     "eventlet": ("eventlet",),
+    "structlog": ("structlog",),
+    "pythonjsonlogger": ("pythonjsonlogger",),
+    "ecs_logging": ("ecs_logging",),
 }
 
 
