@@ -40,6 +40,7 @@ from celery_resilience.message import HEADER, KEY
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.soft_limit import let_handlers_wait
 from celery_resilience.stores.redis import RedisServer
+from celery_resilience.telemetry.metrics import Metrics
 from celery_resilience.worker import WorkerSetup
 
 #: Short, for what interrupts a batch takes its time in it.
@@ -251,6 +252,7 @@ def measure() -> Iterator[Figure]:
     trace.setup_worker_optimizations(app, "bench")
     try:
         yield from _main_process(app, tasks)
+        yield from _counted(app, tasks[1], setup.metrics.metrics)
         yield from _child(app, tasks)
         yield from _sessions(tasks[1])
         yield from _log(tasks[1])
@@ -316,6 +318,31 @@ def _main_process(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
     )
     yield Figure(
         "main process: more for a key", sum(keyed) - sum(after), "µs", at_most=5
+    )
+
+
+def _counted(app: Celery, task: Any, metrics: Metrics) -> Iterator[Figure]:
+    main = MainProcess(app, task)
+
+    def deliver(count: int) -> float:
+        return sum(main.deliver(count))
+
+    def deliver_and_count(count: int) -> float:
+        metrics.attach()
+        try:
+            taken = deliver(count)
+            start = time.thread_time()
+            metrics.tick()
+            return taken + time.thread_time() - start
+        finally:
+            metrics.detach()
+
+    before, after = (_best(measured) for measured in (deliver, deliver_and_count))
+    yield Figure(
+        "main process: more for a delivery that is counted",
+        after - before,
+        "µs",
+        at_most=6,
     )
 
 

@@ -289,6 +289,28 @@ def test_the_queues_of_an_open_circuit_are_not_consumed(
     assert texts(fleet).count("circuit bank is half-open") == 1
 
 
+def test_a_worker_does_not_stop_as_empty_while_its_queue_is_paused(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """Paused before it started, the queue has messages that are its own."""
+    fleet = make_fleet(
+        "redis",
+        resilience_circuits={"bank": {**QUICK, "queues": ["bank"]}},
+        task_default_queue="bank",
+        fleet_queues={"bank": {}},
+    )
+    fleet.command("resilience", "circuits", "open", "bank")
+    waiting = fleet.send("pay_or_pause", str(down.with_name("up")))
+    worker = fleet.worker("--stop-when-empty")
+    assert "queue bank is paused" in worker.text
+    always(lambda: worker.is_alive, for_s=5, what=worker.text)
+    fleet.command("resilience", "circuits", "close", "bank")
+
+    assert worker.wait() == 0
+    assert "queue bank is consumed again" in worker.text
+    assert waiting.get(timeout=1) == "paid"
+
+
 # --- the command ------------------------------------------------------------------------
 
 
