@@ -319,7 +319,7 @@ def test_a_permit_is_given_back_where_a_soft_limit_came_with_it(
 
     app = Celery("shop", set_as_current=False)
 
-    @app.task(base=ResilientTask, name=f"guarded {waits}")
+    @app.task(base=ResilientTask, name=f"guarded {waits}", shared=False)
     def guarded() -> None:
         raise AssertionError("it is not run")
 
