@@ -22,6 +22,7 @@ from celery_resilience.errors import (
     MissingExtra,
 )
 from celery_resilience.redaction import is_hidden
+from celery_resilience.run_view import RunView
 from celery_resilience.settings import (
     Settings,
     StoreChoice,
@@ -271,7 +272,12 @@ class Installation:
             is_stopping=is_draining,
             task_of=self.app.tasks.__getitem__,
             keep=self.keep_item,
+            count=self.count_of_run,
         )
+
+    def count_of_run(self, request: Any, name: str, amount: int, **labels: str) -> None:
+        """Count *amount* more of a metric, as the body of *request* may."""
+        RunView(request, self).count(name, amount, **labels)
 
     def keep_item(
         self, signature: Any, exc: BaseException, *, task_id: str, request: Any

@@ -90,6 +90,8 @@ class Batch:
         self._ended = 0
         self._is_out = False
         self._went_wrong = False
+        #: What has passed through the present item's scope.
+        self._passed: BaseException | None = None
         self._place: Any = None
         #: Whether a run after this one would go on elsewhere than this one began.
         self._has_come_on = False
@@ -168,10 +170,10 @@ class Batch:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._helpers is not None:
-            self._helpers.stop()
         end: BaseException | None = exc
         try:
+            if self._helpers is not None:
+                self._helpers.stop()
             if exc is None:
                 if self._is_out:
                     self._account()
@@ -185,7 +187,7 @@ class Batch:
             end = raised
             raise
         finally:
-            self._scope.item = self._page = None
+            self._scope.item = self._page = self._passed = None
             self._to_keep.clear()
             self._around.ended(self.report, end)
 
@@ -325,7 +327,9 @@ class Batch:
         options = self._options
         if options.session is None:
             return isinstance(exc, (*GOES_ON, *SOFT_LIMITS))
-        return options.savepoints and isinstance(exc, GOES_ON)
+        # Raised elsewhere, it has left what the item had done in the session.
+        is_undone = options.savepoints and exc is self._passed
+        return is_undone and isinstance(exc, GOES_ON)
 
     def _cut_if_it_can(self) -> None:
         try:
@@ -375,6 +379,7 @@ class Batch:
             TooManyErrors: More went wrong than the batch may have.
         """
         if not isinstance(exc, Exception) or isinstance(exc, self._passes):
+            self._passed = exc
             return False
         if self._went_wrong:
             return True  # in an earlier scope of the same item

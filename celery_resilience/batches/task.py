@@ -39,6 +39,10 @@ BATCHES = "_resilience_batches"
 #: The fact by which the main process counts the items of a run's batches.
 BATCH_FACT = "batch"
 
+#: The metric of these items, and what they may have come to.
+METRIC = "batch_items"
+OUTCOMES = ("ok", "skipped", "failed")
+
 #: Rows of a page, unless it is said.
 SIZE = 1_000
 
@@ -52,6 +56,7 @@ class Streams:
         is_stopping: Whether the worker is about to end.
         task_of: The task of a name.
         keep: Makes failed tasks of items.
+        count: Counts so many more of a metric of the run, with labels.
         clock: Monotonic seconds.
     """
 
@@ -62,8 +67,10 @@ class Streams:
         *,
         task_of: Callable[[str], Any],
         keep: KeepsItem,
+        count: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._count = count
         self._store = store
         self._is_stopping = is_stopping
         self._task_of = task_of
@@ -156,6 +163,10 @@ class Streams:
         if BATCHES in said and not goes_on:
             told = [batch.untold(exc) for batch in said[BATCHES].values()]
             said.setdefault(RUN_FACTS, {})[BATCH_FACT] = told
+            for counts in told:
+                for outcome in OUTCOMES:
+                    labels = {"batch": counts["name"], "outcome": outcome}
+                    self._count(request, METRIC, counts[outcome], **labels)
         if exc is None and (STREAMS in said or BATCHES in said):
             store = self._store()
             try:

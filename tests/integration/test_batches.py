@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import FleetMaker
 from fleet_runner import Fleet
 from polling import eventually
-from services import Service
+from services import Service, free_port
 from session_fleets import statement
 from sqlalchemy import create_engine, text
 
@@ -120,7 +121,8 @@ def test_what_a_batch_meets_in_a_day(
 ) -> None:
     """One fleet: circuit, soft limit, threads, progress, limits, kept items, database."""
     fleet = make_fleet("redis", resilience_circuits={"bank": QUICK})
-    fleet.worker(concurrency=2)
+    port = free_port()
+    fleet.worker("--metrics-port", f"127.0.0.1:{port}", concurrency=2)
     down = tmp_path / "down"
     down.touch()
 
@@ -133,6 +135,7 @@ def test_what_a_batch_meets_in_a_day(
     _a_failed_item_is_replayed_alone(fleet)
     _a_failed_insert_does_not_poison_its_chunk(fleet, servers("postgresql").url)
     _nothing_is_doubled_in_the_table_when_it_is_killed(fleet, servers("postgresql").url)
+    _its_items_are_a_metric(port)
 
 
 def _an_open_circuit_snoozes_it(fleet: Fleet, down: Path) -> None:
@@ -269,6 +272,15 @@ def _nothing_is_doubled_in_the_table_when_it_is_killed(fleet: Fleet, url: str) -
 
     assert counts(report) == (10, 0, 0)
     assert table() == list(range(10))
+
+
+def _its_items_are_a_metric(port: int) -> None:
+    """Of the worker, by batch and by what became of them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as got:
+        text = got.read().decode()
+
+    assert 'batch_items_total{batch="waits",outcome="ok"} 36\n' in text, text
+    assert 'batch_items_total{batch="waits",outcome="skipped"} 4\n' in text
 
 
 def _empty_table(url: str) -> Callable[[], list[int]]:

@@ -701,6 +701,26 @@ def test_an_open_circuit_commits_what_was_not_cut_off(
     assert shelf.load()["place"] == done - 1
 
 
+def test_what_is_raised_beside_the_items_commits_nothing(engine: Engine) -> None:
+    """The last item is in the session, and its place would not be saved."""
+    shelf = Shelf()
+    with Session(engine) as session:
+
+        def run(made: Batch) -> None:
+            with made:
+                for order in made.items(select(Order)):
+                    with made.item(order):
+                        order.name = f"n{order.id}"
+                    if order.id == 6:
+                        raise CircuitOpen("open")
+
+        with pytest.raises(CircuitOpen):
+            run(begun(shelf, chunk=4, session=session))
+
+    assert names(engine) == [*(f"n{n}" for n in range(4)), *[None] * 6]
+    assert shelf.load()["place"] == 3
+
+
 # --- what is refused --------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ class Shop:
         self.app.conf.result_backend = "cache+memory://"
         self.now = 100.0
         self.kept: list[Any] = []
+        self.counted: list[Any] = []
         self.states: list[Any] = []
         self.backend_fails = False
 
@@ -42,6 +43,7 @@ class Shop:
             is_stopping=lambda: True,
             task_of=lambda name: self.task,
             keep=self._keep,
+            count=lambda request, *what, **labels: self.counted.append((what, labels)),
             clock=lambda: self.now,
         )
 
@@ -226,6 +228,10 @@ def test_what_ended_is_told_when_the_task_ends(shop: Shop) -> None:
 
     told = {"name": "rows", "ok": 3, "skipped": 0, "failed": 0}
     assert vars(request)[RUN_FACTS] == {"batch": [told]}
+    assert shop.counted[0] == (
+        ("batch_items", 3),
+        {"batch": "rows", "outcome": "ok"},
+    )
     assert list(vars(request)[BATCHES]) == ["rows"]
 
 
