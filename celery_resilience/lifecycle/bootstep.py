@@ -83,6 +83,7 @@ class Lifecycle:
         self._stops: list[Any] = []
         self._watch = HealthWatch(self, waiting_at_gate, ask_store)
         self._servers: list[HealthServer] = []
+        self._pid = os.getpid()
         self._address = health_address
         self._pages_address = pages_address
         self._pages = pages or {}
@@ -152,8 +153,8 @@ class Lifecycle:
             self._servers.append(server)
 
     def forked(self) -> None:
-        """Child: let go what is the main process's alone."""
-        for server in self._servers:
+        """Child: let go what is the main process's alone; solo is its own child."""
+        for server in self._servers if os.getpid() != self._pid else ():
             server.close_in_child()
 
     def _queue_paused(self, queue: str) -> None:
