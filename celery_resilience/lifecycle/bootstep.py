@@ -80,10 +80,10 @@ class Lifecycle:
         )
         self._interrupter = Interrupter(self._cut_off)
         self._is_program = False
+        self._main_pid = os.getpid()
         self._stops: list[Any] = []
         self._watch = HealthWatch(self, waiting_at_gate, ask_store)
         self._servers: list[HealthServer] = []
-        self._pid = os.getpid()
         self._address = health_address
         self._pages_address = pages_address
         self._pages = pages or {}
@@ -153,8 +153,10 @@ class Lifecycle:
             self._servers.append(server)
 
     def forked(self) -> None:
-        """Child: let go what is the main process's alone; solo is its own child."""
-        for server in self._servers if os.getpid() != self._pid else ():
+        """Child: let go what is the main process's alone; solo has no child."""
+        if os.getpid() == self._main_pid:
+            return
+        for server in self._servers:
             server.close_in_child()
 
     def _queue_paused(self, queue: str) -> None:
