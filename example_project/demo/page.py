@@ -166,8 +166,9 @@ class Page:
         files = f"the files are in {kept_in}" if kept_in else "every file is removed"
         self._console.print(
             f"[dim]{seconds:.0f} seconds; every process has ended and {files}. "
-            "The shop is in example_project/; its README says how to run it by "
-            "hand.[/dim]"
+            "The shop is in example_project/; its README says how to run it by hand, and "
+            "its metrics, dashboard and alerts come up with `docker compose --profile "
+            "metrics up --build --wait`.[/dim]"
         )
 
     def trouble(self, text: str) -> None:

@@ -68,6 +68,9 @@ def charge(self: ResilientTask, order_id: int, card: str) -> None:
     if not card:
         raise Skip("nothing to charge", result=order_id)
     assert_type(self.resilience.stopping, bool)
+    self.resilience.count("orders", shop="north", is_first=True)
+    self.resilience.count("orders", 2.5)
+    self.resilience.observe("amount_eur", 12.5, name="labels may be called so")
     if self.request.retries:
         raise Snooze(2.5, "the bank is closed")
     raise self.retry(countdown=3)

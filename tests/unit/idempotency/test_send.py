@@ -12,7 +12,7 @@ from unit.specimens import fresh_name
 
 from celery_resilience import ResilientTask
 from celery_resilience.install import installation_of
-from celery_resilience.message import HEADER
+from celery_resilience.message import HEADER, KEY
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_base_class_may_take_options_by_name(
     task.delay(1)
     task.apply_async((2,), task_id="two")
 
-    assert [(h["tenant"], HEADER in h) for h in on_broker(app)] == [
+    assert [(h["tenant"], KEY in h[HEADER]) for h in on_broker(app)] == [
         ("t", key is not None)
     ] * 2
 
