@@ -16,6 +16,7 @@ from rich.text import Text
 
 from benchmarks import (
     batches,
+    circuits,
     in_process,
     keys,
     life,
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "throughput": throughput.measure,
     "store": store.measure,
     "life": life.measure,
+    "circuits": circuits.measure,
     "keys": keys.measure,
     "key_stores": keys.measure_stores,
     "watched": watched.measure,

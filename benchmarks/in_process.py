@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +23,15 @@ from typing import Any
 
 from celery import Celery, Task
 from celery.app import trace
+from celery.app.task import Context
 from celery.worker import state, strategy
 from kombu.message import Message
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from benchmarks.figures import Figure
-from celery_resilience import Resilience, ResilientTask
+from celery_resilience import Resilience, ResilientTask, TaskContext
+from celery_resilience.body import RUNNING
 from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.redis_store import VERSION, RedisKeyStore
 from celery_resilience.install import installation_of
@@ -37,6 +40,7 @@ from celery_resilience.message import HEADER, KEY
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.soft_limit import let_handlers_wait
 from celery_resilience.stores.redis import RedisServer
+from celery_resilience.telemetry.metrics import Metrics
 from celery_resilience.worker import WorkerSetup
 
 #: Short, for what interrupts a batch takes its time in it.
@@ -248,8 +252,10 @@ def measure() -> Iterator[Figure]:
     trace.setup_worker_optimizations(app, "bench")
     try:
         yield from _main_process(app, tasks)
+        yield from _counted(app, tasks[1], setup.metrics.metrics)
         yield from _child(app, tasks)
         yield from _sessions(tasks[1])
+        yield from _log(tasks[1])
     finally:
         trace.reset_worker_optimizations(app)
 
@@ -315,6 +321,31 @@ def _main_process(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
     )
 
 
+def _counted(app: Celery, task: Any, metrics: Metrics) -> Iterator[Figure]:
+    main = MainProcess(app, task)
+
+    def deliver(count: int) -> float:
+        return sum(main.deliver(count))
+
+    def deliver_and_count(count: int) -> float:
+        metrics.attach()
+        try:
+            taken = deliver(count)
+            start = time.thread_time()
+            metrics.tick()
+            return taken + time.thread_time() - start
+        finally:
+            metrics.detach()
+
+    before, after = (_best(measured) for measured in (deliver, deliver_and_count))
+    yield Figure(
+        "main process: more for a delivery that is counted",
+        after - before,
+        "µs",
+        at_most=6,
+    )
+
+
 def _child(app: Celery, tasks: list[Any]) -> Iterator[Figure]:
     for task in tasks:
         task.__trace__ = trace.build_tracer(task.name, task, app=app)
@@ -376,6 +407,45 @@ def _sessions(task: Any) -> Iterator[Figure]:
         _best(partial(within, uses_a_session)) - plain,
         "µs",
         raw=[f"without {plain:.1f}"],
+    )
+
+
+def _log(task: Any) -> Iterator[Figure]:
+    """What binding a task to its lines costs for a run, and for each line."""
+    request = Context({"id": "bench"})
+
+    def bind() -> None:
+        RUNNING.reset(RUNNING.set((task, request)))
+
+    def each(call: Callable[[], object], count: int) -> float:
+        start = time.thread_time()
+        for _ in range(count):
+            call()
+        return time.thread_time() - start
+
+    nothing = _best(partial(each, int))
+    yield Figure(
+        "child: log, more for a run", _best(partial(each, bind)) - nothing, "µs"
+    )
+    blank = vars(logging.LogRecord("bench", 20, "", 0, "line", (), None))
+    filter_it = TaskContext().filter
+
+    def record() -> None:
+        logging.makeLogRecord(blank)
+
+    def bound() -> None:
+        filter_it(logging.makeLogRecord(blank))
+
+    token = RUNNING.set((task, request))
+    unbound = _best(partial(each, record))
+    more = _best(partial(each, bound)) - unbound
+    RUNNING.reset(token)
+    yield Figure(
+        "child: log, more for each line",
+        more,
+        "µs",
+        at_most=1,
+        raw=[f"a record without {unbound:.1f}"],
     )
 
 

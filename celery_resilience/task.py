@@ -443,7 +443,7 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             ResilienceError: A room changes what the run came to; the others still look.
             RetryByRule: The task is tried again.
         """
-        if not (rooms.around or self._rules):
+        if not rooms.around and (exc is None or self._rules is None):
             return
         verdict: ResilienceError | None = None
         with soft_limit_deferred():
@@ -742,9 +742,11 @@ def run_on_loop(task: type[ResilientTask]) -> None:
 
 def _with_time(headers: Any) -> dict[str, Any]:
     """Headers with our mark of the present moment, from which a task's wait counts."""
-    headers = headers or {}
+    sent_at = round(time.time(), 3)
+    if not headers:
+        return {HEADER: {SENT_AT: sent_at}}
     marks = marks_of(headers) if HEADER in headers else {}
-    return {**headers, HEADER: {**marks, SENT_AT: round(time.time(), 3)}}
+    return {**headers, HEADER: {**marks, SENT_AT: sent_at}}
 
 
 def inherited_marks(
@@ -815,7 +817,9 @@ def check_options(
         wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
-    for name in () if rules is None else rules.idle_autoretries(task):
+    # Celery binds a task again when its app is finalized.
+    found = None if task._rules is not None else rules
+    for name in () if found is None else found.idle_autoretries(task):
         logger.warning(
             "task %s has autoretry_for = %s, which its retry_rules decide: it is never "
             "asked for",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from celery import bootsteps
 
 from celery_resilience.circuits.fleet import Circuits
+from celery_resilience.events import emit
 
 logger = logging.getLogger("celery_resilience.circuits")
 
@@ -94,6 +95,7 @@ class CircuitStep(bootsteps.StartStopStep):
 
     def _say_paused(self, queue: str) -> None:
         self.paused.add(queue)
+        emit("circuits.queue_paused", queue=queue)
         logger.warning("queue %s is paused: its circuit is open", queue)
 
     def _cancel(self) -> None:

@@ -101,6 +101,7 @@ class Lifecycle:
             observe("delivery.given_up", self._given_up),
             observe("delivery.closed", self.settled),
             observe("memory.worker_over_limit", self._over_limit),
+            observe("circuits.queue_paused", self._queue_paused),
         ]
         _detach = self._detach
 
@@ -154,6 +155,10 @@ class Lifecycle:
         """Child: let go what is the main process's alone."""
         for server in self._servers:
             server.close_in_child()
+
+    def _queue_paused(self, queue: str) -> None:
+        """It is not empty because nobody consumes it, perhaps from the start."""
+        self._consumed[queue] = self.worker.app.amqp.queues[queue]
 
     # --- the connection ------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -346,6 +347,9 @@ class MemoryAround:
         """Say once that nobody looks at this process's memory any more."""
         logger.exception("memory of process %d is not measured any more", os.getpid())
         self._is_child, self.reader, self._limit_kib = False, None, 0
+        with contextlib.suppress(Exception):
+            # The main process ends no child for a run that it believes to go on.
+            self.cells[RUNNING] = self.cells[s.LIMIT] = 0
         if self.lift is not None:
             self.lift()
 

@@ -37,10 +37,24 @@ def guarded(
         NotSerializable: Nothing was sent.
         ConfigurationError: The broker would not tell that it refuses a message.
     """
-    with task.app.producer_or_acquire(options.pop("producer", None)) as producer:
-        _check_confirms(task, producer)
-        measured = MeasuredProducer(producer, task)
-        return publish(args, kwargs, producer=measured, **options)
+    producer = options.pop("producer", None)
+    if producer is not None:
+        return _send(task, publish, args, kwargs, options, producer)
+    with task.app.producer_or_acquire() as producer:
+        return _send(task, publish, args, kwargs, options, producer)
+
+
+def _send(
+    task: Any,
+    publish: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    options: dict[str, Any],
+    producer: Any,
+) -> Any:
+    _check_confirms(task, producer)
+    measured = MeasuredProducer(producer, task)
+    return publish(args, kwargs, producer=measured, **options)
 
 
 class MeasuredProducer:

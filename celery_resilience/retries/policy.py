@@ -121,7 +121,7 @@ def wait_s(
     if max(least_s, hint_s) > left_s:
         return None
     most_s = min(cap_s, least_s * 2.0 ** min(failures, _MAX_DOUBLINGS))
-    delay_s = least_s + chance * (most_s - least_s)
+    delay_s = min(most_s, least_s + chance * (most_s - least_s))  # it may be rounded up
     if hint_s:
         spread_s = max(least_s, hint_s * HINT_SPREAD)
         delay_s = max(delay_s, hint_s + chance * spread_s)

@@ -79,7 +79,8 @@ class TaskRules:
             RetrySnooze: It is a retry, and is to wait.
         """
         _celery.let_decide_before_autoretry(task, self.is_for)
-        if HEADER in vars(request):
+        said = vars(request).get(HEADER)
+        if isinstance(said, dict) and RETRY_WAIT in said:
             marks = marks_of(vars(request))
             if RETRY_WAIT in marks:
                 self._wait(marks)

@@ -32,6 +32,10 @@ from celery_resilience.sessions.where import taken_at
 logger = logging.getLogger("celery_resilience.sessions")
 
 
+#: Statements of one run whose effects are remembered.
+_MANY = 500
+
+
 class Watched:
     """
     One of Django's connections, as seen by the runs of its thread.
@@ -70,7 +74,7 @@ class Watched:
             self._run, self._at = run, time.monotonic()
             self._where = taken_at() or ""
         effect = effect_of(sql) if isinstance(sql, str) else NO_EFFECT
-        if effect is not NO_EFFECT:
+        if effect is not NO_EFFECT and len(self._effects) < _MANY:
             self._effects.append(effect)
         try:
             return execute(sql, params, many, context)

@@ -9,7 +9,7 @@ from typing import Any
 
 from celery_resilience.events import emit, observed
 from celery_resilience.message import OriginalMessage, id_text, marks_of, text_of
-from celery_resilience.outcome import EVENTS, Outcome, Settlement
+from celery_resilience.outcome import ENDED, EVENTS, Ended, Outcome, Settlement
 from celery_resilience.shelf import policy
 from celery_resilience.shelf.shelf import Shelf
 
@@ -104,13 +104,14 @@ class Shelving:
         message.ack_log_error(logger, self.consumer.connection_errors)
         deliveries.received += 1
         deliveries.counts[Outcome.REQUEUED] += 1
-        event = EVENTS[Outcome.REQUEUED]
+        event, task = EVENTS[Outcome.REQUEUED], text_of(message.headers.get("task"))
+        emit(ENDED, ended=Ended(task, copy.queue, Outcome.REQUEUED))
         if observed(event):
             headers = message.headers
             settlement = Settlement(
                 outcome=Outcome.REQUEUED,
                 reason="shelved",
-                task=text_of(headers.get("task")),
+                task=task,
                 task_id=id_text(headers.get("id")),
                 root_id=id_text(headers.get("root_id")) or None,
                 parent_id=id_text(headers.get("parent_id")) or None,

@@ -20,6 +20,9 @@ NAMES = ("task_id", "task_name", "root_id", "parent_id", "attempt", "trace_id")
 #: Where a request remembers what is bound to its lines.
 BOUND = "_resilience_bound"
 
+#: Where a request remembers a trace that is not its message's.
+TRACE = "_resilience_trace_id"
+
 _NOTHING: dict[str, Any] = {}
 
 
@@ -49,8 +52,14 @@ def _bound_to(request: Any, name: str) -> dict[str, Any]:
         "root_id": id_text(request.root_id) or task_id,
         "parent_id": id_text(request.parent_id) or None,
         "attempt": (request.retries or 0) + 1,
-        "trace_id": trace_id_of(request.__dict__),
+        "trace_id": request.__dict__.get(TRACE) or trace_id_of(request.__dict__),
     }
+
+
+def bind_trace_id(request: Any, trace_id: str) -> None:
+    """The lines of a run belong to this trace, and not to that of its message."""
+    vars(request)[TRACE] = trace_id
+    vars(request).pop(BOUND, None)
 
 
 class TaskContext(logging.Filter):

@@ -282,7 +282,11 @@ COUNTED_EVENTS = (
     "memory.signalled",
     "memory.worker_over_limit",
     "messages.refused",
+    "retries.exhausted",
+    "retries.store_away",
     "sessions.leaked",
+    "shelf.emptied",
+    "shelf.filled",
 )
 
 #: Upper ends of the buckets of what tasks observe: any amount, in any unit.

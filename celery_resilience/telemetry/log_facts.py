@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from celery_resilience.message import KEY, replay_of
-from celery_resilience.outcome import Settlement
+from celery_resilience.outcome import Outcome, Settlement
 from celery_resilience.redaction import cut, printable
 
 MAX_LOGGED_MESSAGE_CHARS = 1_000
@@ -82,7 +82,8 @@ def failure_sentence(facts: Mapping[str, Any]) -> str:
 def outcome_sentence(outcome: str, facts: Mapping[str, Any]) -> str:
     """Another outcome for them."""
     delay_s = facts["delay_s"]
-    when = "" if delay_s is None else f" for {delay_s:g} s"
+    preposition = "in" if outcome == Outcome.RETRIED else "for"
+    when = "" if delay_s is None else f" {preposition} {delay_s:g} s"
     why = ": ".join(filter(None, (facts["reason"], facts["error"])))
     return printable(
         f"task {outcome}: {facts['task']}[{facts['task_id']}]{when}"

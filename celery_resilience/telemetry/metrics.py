@@ -211,7 +211,8 @@ class Metrics:
                 self._series[i.EVENTS.name].have((name,))
             for exit in i.EXPECTED_EXITS:
                 self._series[i.CHILD_EXITS.name].have(exit)
-            self._series[i.DROPPED.name].have(("metrics",))
+            for signal in ("metrics", "spans", "events"):
+                self._series[i.DROPPED.name].have((signal,))
 
     def look_at(self, instrument: Instrument, look: Look) -> None:
         """Ask *look* for the numbers of a gauge whenever somebody reads."""

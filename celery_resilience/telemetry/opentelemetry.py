@@ -20,6 +20,7 @@ from celery_resilience.outcome import Reason, Settlement
 from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import mask, safe_text, show_arguments
 from celery_resilience.telemetry import opentelemetry_instrumentor as instrumentor
+from celery_resilience.telemetry.binding import bind_trace_id
 from celery_resilience.telemetry.flushing import flush_within
 from celery_resilience.telemetry.signals import hear_in_place_of_instrumentor
 
@@ -98,6 +99,7 @@ class Spans:
             if traceparent is not None:
                 span = self._api.get_current_span()
                 span.add_link(self._context_of(traceparent))
+                bind_trace_id(request, f"{span.get_span_context().trace_id:032x}")
 
     def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
         """The body ended: a span says whether it was cut off with its process."""

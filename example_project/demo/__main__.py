@@ -141,6 +141,7 @@ def _look(page: Page, shop: OpenShop) -> None:
     )
     _type(page, shop, "stats")
     _type(page, shop, "list", "--limit", "6")
+    page.logged(shop.logged_failure())
 
 
 def _repair(page: Page, shop: OpenShop) -> None:

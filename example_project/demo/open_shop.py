@@ -130,6 +130,7 @@ class OpenShop:
             **inherited,
             **broker,
             "SHOP_KIND": self.kind,
+            "SHOP_LOG_FORMAT": "logfmt",
             "SHOP_QUEUE": self.queue,
             "SHOP_FOLDER": str(self.folder),
             "SHOP_RELEASE": str(self.release),
@@ -318,6 +319,11 @@ class OpenShop:
                 return int(channel.queue_declare(self.queue, passive=True)[1])
             except connection.channel_errors:
                 return 0  # Redis has no empty queues
+
+    def logged_failure(self) -> str:
+        """The record of the day's first failure, as the worker has logged it."""
+        lines = self._log_text().splitlines()
+        return next(it for it in lines if "event=task_failed" in it)
 
     def killed(self) -> list[tuple[str, int]]:
         """Step and line of each child that was killed."""

@@ -126,6 +126,11 @@ class Page:
         line = f"$ celery -A example_project.shop failed {shlex.join(words)}"
         self._console.print(Text(line, style="bold green"))
 
+    def logged(self, line: str) -> None:
+        """One failure, as the worker's log has it."""
+        self._console.print("\nThe first of them in the worker's log, on one line:")
+        self._console.print(Text(line, style="dim"), soft_wrap=True)
+
     def sum(self, total: Sum, refused: Mapping[str, int]) -> None:
         """Every order, shipped or refused with its reason."""
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))

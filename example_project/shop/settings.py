@@ -106,5 +106,6 @@ CELERY_BEAT_SCHEDULE = {
 
 # --- celery-resilience; plain Celery does not read these --------------------------
 
+CELERY_RESILIENCE_LOG_FORMAT = os.environ.get("SHOP_LOG_FORMAT")
 CELERY_RESILIENCE_FAILED_ARCHIVE_DIR = SHOP_FOLDER / "archive"
 CELERY_RESILIENCE_RELEASE = f"shop-{SHOP_RELEASE}"

@@ -478,13 +478,14 @@ def test_an_order_is_shipped(up: Up) -> None:
 
 def test_an_order_that_is_sent_twice_is_charged_once(up: Up) -> None:
     """By a bank in another container, whose ledger is the worker's too."""
+    shipping = re.compile(r"tasks\.ship\[\S+\] succeeded in ")
+    before = len(shipping.findall(up.log("worker")))
     for _ in range(2):
         up.call("import_orders", "--args=[5, 5]")
     up.call("import_orders", "--args=[6, 6]")
 
-    shipping = re.compile(r"tasks\.ship\[\S+\] succeeded in \S+ (5|6)$", re.MULTILINE)
     eventually(
-        lambda: sorted(shipping.findall(up.log("worker"))) == ["5", "5", "6"],
+        lambda: len(shipping.findall(up.log("worker"))) >= before + 3,
         what=up.log("worker"),
     )
     assert up.charged().count(5) == up.charged().count(6) == 1

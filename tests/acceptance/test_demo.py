@@ -89,6 +89,7 @@ def test_the_sum_comes_out_even(checkout: Path, broker: str) -> None:
     assert total["charged_cents"] == total["shipped_cents"] > 0
     assert total["reported_cents"] == total["charged_cents"]
     assert sum(facts["refused"].values()) == total["refused"] == 43
+    assert "event=task_failed task=example_project.shop.tasks." in page
     for part in ("It comes out even.", "$ celery -A example_project.shop failed list"):
         assert part in page
     assert leftovers(checkout) == []

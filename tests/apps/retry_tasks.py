@@ -51,8 +51,8 @@ def act(self: Any, word: str) -> str:
 RULES = (
     On(Shut, attempts=1),
     Never(ValueError),
-    On(ConnectionError, attempts=6, backoff_s=(0.05, 0.2)),
-    On("retry_tasks.Told", attempts=3, backoff_s=0.05, deadline_s=60),
+    On(ConnectionError, attempts=6, backoff_s=(0.2, 0.4)),
+    On("retry_tasks.Told", attempts=3, backoff_s=0.2, deadline_s=60),
 )
 
 
@@ -91,5 +91,5 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
     task("ruled_slowly", retry_rules=[On(ConnectionError, backoff_s=3)])(play)
     task(
         "ruled_by_budget",
-        retry_rules=[On(ConnectionError, backoff_s=0.05, budget="small")],
+        retry_rules=[On(ConnectionError, backoff_s=0.2, budget="small")],
     )(play)

@@ -49,8 +49,10 @@ def sabotage(app: Any) -> None:
     from celery_resilience.idempotency.redis_store import RedisKeyStore
     from celery_resilience.idempotency.sql_store import SqlKeyStore
     from celery_resilience.publisher import Publisher
+    from celery_resilience.shelf import policy as shelf_policy
 
     collector.STALE_CLAIM_S = float(os.environ.get("FLEET_STALE_S", "60"))
+    shelf_policy.MAX_HELD = int(os.environ.get("FLEET_MOST_HELD", "1000"))
     _trap_acks_of_failures()
     around(Publisher, "publish", "publish")
     around(SqlFailedTaskStore, "_forget_ghosts", "commit")

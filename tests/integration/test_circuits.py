@@ -71,7 +71,9 @@ def test_tasks_wait_for_an_open_circuit_and_spend_no_retry(
     trip(fleet, down)
 
     waiting = [fleet.send("pay", str(down)) for _ in range(5)]
-    eventually(lambda: texts(fleet).count(" retry: ") >= 5, what=texts(fleet)[-3000:])
+    eventually(
+        lambda: texts(fleet).count("task snoozed: ") >= 5, what=texts(fleet)[-3000:]
+    )
     down.unlink()
 
     assert [result_of(fleet, it, 60) for it in waiting] == ["paid"] * 5
@@ -106,7 +108,7 @@ def test_what_a_task_may_do_when_its_circuit_is_open(
     assert result_of(fleet, known) == "bank is open"
     for waiting in (within, auto):
         eventually(lambda waiting=waiting: waiting.state == "RETRY")
-        eventually(lambda waiting=waiting: f"{waiting.id}] retry: " in texts(fleet))
+        eventually(lambda waiting=waiting: f"{waiting.id}] for " in texts(fleet))
     assert len(fleet.notes("failed_call")) == 3
 
 
@@ -133,7 +135,7 @@ def test_chains_and_chords_go_on_after_a_snooze(
     chained = (tasks["pay"].si(str(down)) | tasks["ok"].s()).apply_async()
     header = [tasks["pay"].si(str(down)) for _ in range(3)]
     chord = (chord_of(header) | tasks["ok"].s()).apply_async()
-    eventually(lambda: texts(fleet).count(" retry: ") >= 4)
+    eventually(lambda: texts(fleet).count("task snoozed: ") >= 4)
     down.unlink()
 
     assert result_of(fleet, chained) == "paid"
@@ -202,7 +204,7 @@ def test_every_pool_has_circuits(make_fleet: FleetMaker, down: Path, pool: str) 
     fleet.worker(pool=pool)
     trip(fleet, down)
     waiting = [fleet.send("pay", str(down)) for _ in range(3)]
-    eventually(lambda: texts(fleet).count(" retry: ") >= 3)
+    eventually(lambda: texts(fleet).count("task snoozed: ") >= 3)
     down.unlink()
 
     assert [result_of(fleet, it) for it in waiting] == ["paid"] * 3
@@ -229,7 +231,7 @@ def test_a_store_that_dies_fails_no_task(
         assert result_of(fleet, fleet.send("pay", up)) == "paid"
     trip(fleet, down)
     waiting = fleet.send("pay", up)
-    eventually(lambda: f"{waiting.id}] retry: " in texts(fleet))
+    eventually(lambda: f"{waiting.id}] for " in texts(fleet))
     said = [line for line in texts(fleet).splitlines() if "this process's own" in line]
     assert len(said) <= 2  # the main process, and its child
 
@@ -285,6 +287,28 @@ def test_the_queues_of_an_open_circuit_are_not_consumed(
         lambda: all("queue bank is consumed again" in w.text for w in fleet.workers)
     )
     assert texts(fleet).count("circuit bank is half-open") == 1
+
+
+def test_a_worker_does_not_stop_as_empty_while_its_queue_is_paused(
+    make_fleet: FleetMaker, down: Path
+) -> None:
+    """Paused before it started, the queue has messages that are its own."""
+    fleet = make_fleet(
+        "redis",
+        resilience_circuits={"bank": {**QUICK, "queues": ["bank"]}},
+        task_default_queue="bank",
+        fleet_queues={"bank": {}},
+    )
+    fleet.command("resilience", "circuits", "open", "bank")
+    waiting = fleet.send("pay_or_pause", str(down.with_name("up")))
+    worker = fleet.worker("--stop-when-empty")
+    assert "queue bank is paused" in worker.text
+    always(lambda: worker.is_alive, for_s=5, what=worker.text)
+    fleet.command("resilience", "circuits", "close", "bank")
+
+    assert worker.wait() == 0
+    assert "queue bank is consumed again" in worker.text
+    assert waiting.get(timeout=1) == "paid"
 
 
 # --- the command ------------------------------------------------------------------------

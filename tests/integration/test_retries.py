@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,16 +10,20 @@ from celery import group
 from conftest import FleetMaker
 from fleet_runner import Fleet
 from polling import eventually
+from services import Service
 
 #: A broker, and a pool.
 FLEETS = [("redis", "prefork"), ("rabbitmq", "prefork"), ("redis", "threads")]
 
 
 @pytest.fixture(params=FLEETS, ids="-".join)
-def fleet(request: Any, make_fleet: FleetMaker) -> Fleet:
+def fleet(
+    request: Any, make_fleet: FleetMaker, servers: Callable[[str], Service]
+) -> Fleet:
     """One worker, whose broker may deliver again what is held for two seconds."""
     broker, pool = request.param
-    more: dict[str, Any] = {}
+    # A file is no place for results that two processes may write at once.
+    more: dict[str, Any] = {"result_backend": servers("redis").url[:-1] + "1"}
     if broker == "redis":
         more["broker_transport_options"] = {"visibility_timeout": 2}
     found = make_fleet(
@@ -93,12 +98,12 @@ def test_rules(fleet: Fleet) -> None:
     }
     attempts = records["exhausted"]["attempts"]
     assert [it["exception"] for it in attempts] == ["ConnectionError"] * 6
-    assert all(0.05 <= it["retried_in_s"] <= 0.2 for it in attempts[:5])
+    assert all(0.2 <= it["retried_in_s"] <= 0.4 for it in attempts[:5])
     assert records["exhausted"]["message"] == "the bank is away"
     first, second = (line[3] for line in fleet.notes() if line[1] == sent["by name"].id)
     assert second - first >= 0.3
     text = fleet.workers[0].text
-    assert f"[{sent['by cause'].id}] retry: Retry in 0.1s: RuntimeError" in text
+    assert f"[{sent['by cause'].id}] in 0.1 s: RuntimeError: " in text
 
 
 @pytest.mark.parametrize("fleet", FLEETS[:2], ids="-".join, indirect=True)
@@ -118,7 +123,7 @@ def test_retries_wait_and_belong_to_what_their_run_belonged_to(fleet: Fleet) -> 
     # A retry runs once its budget has one, and none is spent by waiting.
     assert [result_of(fleet, it) for it in short] == ["paid"] * 4
     assert [runs(fleet, it) for it in short] == [[0, 1]] * 4
-    assert text.text.count("retry: retry_budget") >= 3
+    assert text.text.count(" s: retry_budget ") >= 3
     assert result_of(fleet, slow) == "paid"
     first, second = (line for line in fleet.notes() if line[1] == slow.id)
     assert (first[2], second[2]) == (0, 1)
@@ -126,7 +131,7 @@ def test_retries_wait_and_belong_to_what_their_run_belonged_to(fleet: Fleet) -> 
     is_held_in_parts = "visibility_timeout" in fleet.conf.get(
         "broker_transport_options", {}
     )
-    assert (text.text.count("retry: retry_not_due") >= 2) == is_held_in_parts
+    assert (text.text.count(" s: retry_not_due ") >= 2) == is_held_in_parts
 
     record = fleet.record_of(exhausted.id)
     fleet.failed.replay([record["id"]])

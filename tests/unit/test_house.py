@@ -64,6 +64,9 @@ OPTIONAL = {
     "gevent": ("gevent",),
     "psutil": ("psutil",),
     "eventlet": ("eventlet",),
+    "structlog": ("structlog",),
+    "pythonjsonlogger": ("pythonjsonlogger",),
+    "ecs_logging": ("ecs_logging",),
 }
 
 
@@ -438,7 +441,10 @@ def test_installing_leaves_celerys_consumer_to_be_imported_later() -> None:
 
         app = Celery("shop", set_as_current=False, broker="memory://")
         Resilience(app)
-        app.task(base=ResilientTask, name="t")(print)
+
+        @app.task(base=ResilientTask, name="t")
+        def task(): ...
+
         app.finalize()
         print("celery.worker.consumer.consumer" in sys.modules)
         """

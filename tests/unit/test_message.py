@@ -388,3 +388,10 @@ def test_the_original_of_a_delayed_message_is_as_if_it_had_not_been() -> None:
     original = original_message(Message(delivery_info=info), "shop")
 
     assert (original.exchange, original.routing_key) == ("", "shop")
+
+
+def test_a_trace_that_is_none_is_no_mark() -> None:
+    """Anybody may write the header."""
+    assert marks_of({HEADER: {"trace": "x", "crashes": 1}}) == {"crashes": 1}
+    message = a_message(headers={**a_message().headers, "traceparent": "x"})
+    assert message.in_new_trace() is message

@@ -21,6 +21,7 @@ from celery_resilience.circuits.memory_store import MemoryCircuitStore
 from celery_resilience.circuits.options import CircuitOptions
 from celery_resilience.circuits.page import SLOT, Note, Page
 from celery_resilience.circuits.policy import Entry, Position
+from celery_resilience.circuits.probing import check_probes
 from celery_resilience.circuits.redis_store import LIMITS, RedisCircuitStore
 from celery_resilience.circuits.store import Answer, Stored
 from celery_resilience.deadline import answer_within
@@ -187,6 +188,117 @@ def test_one_worker_consumes_what_the_others_have_paused(store: CountingStore) -
     eventually(lambda: all(w.is_paused for w in workers), within_s=5)
     store.is_dead = True
     eventually(lambda: not any(w.is_paused for w in workers), within_s=5)
+
+
+# --- the probe function ------------------------------------------------------------------
+
+#: What the probe functions below do next, and how often one was called.
+PROBE: dict[str, Any] = {}
+
+
+def probe() -> Any:
+    """The function that the circuits below name."""
+    PROBE["calls"] += 1
+    if "hangs" in PROBE:
+        PROBE["hangs"].wait(20)
+    answer = PROBE["answer"]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@pytest.fixture
+def workers(store: CountingStore) -> list[Circuit]:
+    """The circuit of two workers, and of a process that is none; it may be tried."""
+    PROBE.clear()
+    PROBE.update(calls=0, answer=True)
+    options = {"probe": f"{__name__}:probe", "queues": ("bank",), "open_s": 1.0}
+    found = [process(store, **options) for _ in range(3)]
+    one = found[0]
+    one._fleet.order(one, lambda s, now: (policy.opened(s, one.options, now=now), None))
+    for worker in found[:2]:
+        worker._fleet.share()
+        worker._fleet.start_reading()
+    return found
+
+
+def test_one_worker_calls_the_probe_function(workers: list[Circuit]) -> None:
+    """No ordinary call is a probe meanwhile, nor is a paused queue consumed."""
+    PROBE["hangs"] = Event()
+    eventually(lambda: PROBE["calls"], within_s=5)
+    always(
+        lambda: (
+            not any(call(worker) for worker in workers)
+            and all(worker.is_paused for worker in workers[:2])
+        ),
+        for_s=0.8,
+    )
+    PROBE["hangs"].set()
+    eventually(lambda: all(call(worker) for worker in workers), within_s=5)
+
+    assert PROBE["calls"] == 1
+
+
+@pytest.mark.parametrize("answer", [False, None, ValueError("down")], ids=repr)
+def test_a_probe_function_that_says_no_opens_it_again(
+    workers: list[Circuit], answer: Any
+) -> None:
+    """For twice as long; and it is asked again then."""
+    PROBE["answer"] = answer
+    eventually(lambda: workers[0].look().openings == 2, within_s=5)
+    assert not any(call(worker) for worker in workers)
+    PROBE["answer"] = "up"
+    eventually(lambda: call(workers[2]), within_s=10)
+
+    assert PROBE["calls"] == 2
+
+
+def test_a_probe_function_that_hangs_is_given_up(store: CountingStore) -> None:
+    """As a failure, before its lease lapses; and is not called beside itself."""
+    PROBE.clear()
+    PROBE.update(calls=0, answer=True, hangs=Event())
+    circuit = process(store, probe=f"{__name__}:probe", open_s=0.3, probe_lease_s=0.5)
+    circuit._fleet.order(
+        circuit, lambda s, now: (policy.opened(s, circuit.options, now=now), None)
+    )
+    circuit._fleet.share()
+    circuit._fleet.start_reading()
+    eventually(lambda: circuit.look().openings == 2, within_s=5)
+    always(lambda: PROBE["calls"] == 1, for_s=1.5)
+    PROBE["hangs"].set()
+
+    eventually(lambda: call(circuit), within_s=10)
+    assert PROBE["calls"] == 2
+
+
+def test_without_a_worker_an_ordinary_call_is_the_probe(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would call the function."""
+    monkeypatch.setattr(policy, "OVERDUE_S", 1.0)
+    circuit = process(store, probe=f"{__name__}:probe", open_s=0.2)
+    circuit._fleet.order(
+        circuit, lambda s, now: (policy.opened(s, circuit.options, now=now), None)
+    )
+    began = time.monotonic()
+    eventually(lambda: call(circuit), within_s=10)
+
+    assert time.monotonic() - began >= 1.2
+    assert circuit.look().position is Position.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module:probe", "cannot be imported: ModuleNotFoundError"),
+        (f"{__name__}:no_such_probe", "cannot be imported: AttributeError"),
+        (f"{__name__}:PROBE", "must be the name of a function"),
+    ],
+)
+def test_a_probe_that_is_no_function_is_refused_at_start(name: str, said: str) -> None:
+    """With the circuit and the name."""
+    with pytest.raises(ConfigurationError, match=f"bank: probe.*{said}"):
+        check_probes({"bank": CircuitOptions(probe=name)})
 
 
 # --- without a store ---------------------------------------------------------------------

@@ -29,6 +29,8 @@ GOOD: list[dict[str, Any]] = [
     {"release_per_s": 0.5, "ramp_from": None},
     {"ramp_from": 8},
     {"probes": 3, "probe_lease_s": 10, "exclude": [ValueError]},
+    {"probe": "shop.health:Bank.is_up"},
+    {"probe": None},
     {"open_s": 3_600},
     {"queues": ["bank", "mail"]},
 ]
@@ -52,6 +54,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("ramp_from", 0, "a whole number from 1, or None"),
     ("exclude", ValueError, "a list of types of exceptions"),
     ("exclude", ["ValueError"], "a list of types of exceptions"),
+    ("probe", "shop.health", "the name of a function, package.module:function"),
+    ("probe", "shop.health:", "the name of a function"),
+    ("probe", print, "the name of a function"),
 ]
 
 

@@ -12,7 +12,7 @@ from unit.specimens import a_message, headers_with
 
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.delivery.deliveries import Deliveries
-from celery_resilience.delivery.send_again import send_again
+from celery_resilience.delivery.send_again import NEW_TRACE_AFTER_S, send_again
 from celery_resilience.message import OriginalMessage
 from celery_resilience.outcome import Outcome
 
@@ -206,6 +206,19 @@ def test_a_copy_is_the_same_task() -> None:
     assert "x-death" not in copy.headers
     assert copy.redelivered is False
     assert copy.queue == message.queue
+
+
+def test_a_copy_that_is_sent_much_later_starts_a_trace_of_its_own() -> None:
+    """It names the old one; one that is sent soon goes on with it."""
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+    message = a_message(headers={**a_message().headers, "traceparent": traceparent})
+
+    soon, late = sent(message, NEW_TRACE_AFTER_S - 1), sent(message, NEW_TRACE_AFTER_S)
+
+    assert soon.headers["traceparent"] == traceparent
+    assert "trace" not in soon.marks
+    assert "traceparent" not in late.headers
+    assert late.marks["trace"] == traceparent
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,25 @@ def test_a_result_that_comes_after_the_end_has_no_facts(channel: FactsChannel) -
     channel.close()
 
     assert channel.take(1, "task-1") == {}
+
+
+def test_more_facts_are_added(channel: FactsChannel) -> None:
+    """To those of the same run; those of another are replaced by what is sent."""
+
+    def work() -> None:
+        channel.send("task-1", {"a": 1, "b": 1})
+        channel.add("task-1", {"b": 2})
+        channel.add("task-2", {"c": 3})
+        channel.send("task-3", {"d": 4})
+        channel.send("task-3", {"e": 5})
+
+    pid = in_child(work)
+    assert channel.take(pid, "task-1") == {"a": 1, "b": 2}
+    assert channel.take(pid, "task-2") == {"c": 3}
+    assert channel.take(pid, "task-3") == {"e": 5}
+    channel.send("task-4", {"a": 1})
+    channel.add("task-4", {"b": 2})
+    assert channel.take(None, "task-4") == {"a": 1, "b": 2}
+    channel.send("task-5", {"a": 1})
+    channel.add("task-6", {"b": 2})
+    assert channel.take(None, "task-6") == {"b": 2}

@@ -35,6 +35,7 @@ from celery_resilience.delivery.outbox import Outbox
 from celery_resilience.delivery.request import build_request_class
 from celery_resilience.errors import (
     BrokerUnavailable,
+    CircuitSnooze,
     DropDelivery,
     SendAgain,
     TooManyCrashes,
@@ -716,3 +717,34 @@ def test_a_garbled_mark_does_not_stop_a_verdict(late: Worker) -> None:
     request.on_failure(failed_with(WorkerLostError("signal 9")))
 
     assert sum(late.outcomes.values()) == 1
+
+
+# --- the marks of snoozes ---------------------------------------------------------------
+
+
+def marks_after(worker: Worker, exc: BaseException, **marks: Any) -> dict[str, Any]:
+    """Those of the copy of a message with *marks* whose run ended in *exc*."""
+    request = worker.deliver(**{HEADER: marks})
+    request.on_failure(failed_with(exc), return_ok=True)
+    found = worker.broker.taken[-1].marks
+    assert found.pop("sent")
+    return found
+
+
+def test_a_snooze_of_a_circuit_is_known_by_its_age(worker: Worker) -> None:
+    """Not counted with the task's own; since when it waits stays as it was."""
+    first = marks_after(worker, CircuitSnooze(5, "bank", 900.0))
+    assert first == {"snoozes": 0, "waits_since": 900.0}
+    again = marks_after(
+        worker, CircuitSnooze(5, "bank", 900.0), **first, redeliveries=2
+    )
+    assert again == first
+    after_own = marks_after(worker, CircuitSnooze(5, "bank", 950.0), snoozes=4)
+    assert after_own == {"snoozes": 4, "waits_since": 950.0}
+
+
+def test_a_snooze_of_the_tasks_own_ends_the_wait_for_a_circuit(worker: Worker) -> None:
+    """It has run: the next wait begins anew."""
+    marks = marks_after(worker, Snooze(5), snoozes=4, waits_since=900.0)
+
+    assert marks == {"snoozes": 5}

@@ -123,6 +123,19 @@ def test_a_replay_keeps_its_idempotency_key() -> None:
     assert replayed(replace(claim, is_forced=True)).marks["forced"] is True
 
 
+def test_a_replay_starts_a_trace_of_its_own() -> None:
+    """It names the one of the first publish, and so does the replay of a replay."""
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+    original = a_message(headers={**a_message().headers, "traceparent": traceparent})
+
+    message = replayed(a_claim(original=original))
+    again = replayed(a_claim(original=message))
+
+    assert "traceparent" not in message.headers
+    assert message.marks["trace"] == again.marks["trace"] == traceparent
+    assert "trace" not in replayed(a_claim()).marks
+
+
 def test_of_several_records_with_one_key_the_first_is_forced() -> None:
     """The others end with the result that it had, though no message carries the key."""
     log: list[Any] = []

@@ -50,6 +50,8 @@ class Eye:
 
     def forget_peak(self) -> None:
         """Counted."""
+        if self.is_blind:
+            raise OSError("closed")
         self.forgotten += 1
 
     def peak_kib(self) -> int | None:
@@ -277,6 +279,7 @@ def test_an_eye_that_fails_is_closed(
     child.run("leak")
 
     assert caplog.text.count("not measured any more") == 1
+    assert child.slot[s.RUNNING] == child.slot[s.LIMIT] == 0
 
 
 def test_an_eye_that_fails_leaves_no_limit_behind(slots: Slots) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.app.task import Context
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 from unit.specimens import fresh_name, replay_mark
 
 from celery_resilience import (
@@ -218,6 +218,20 @@ def test_a_retry_has_the_marks_of_its_run(runner: Runner) -> None:
         runner.run(task, 1, **replay, key=["k", ""], **own)
 
     assert set(runner.marks) == {"replay", KEY, "retry"}
+
+
+def test_celerys_own_retry_keeps_the_counts(runner: Runner) -> None:
+    """A body that retries by itself now and then is not tried again for ever."""
+
+    def body(self: Any) -> None:
+        raise self.retry(countdown=0)
+
+    task = runner.task(body, On(OSError), bind=True)
+    mark = {"since": 1.0, "spent": {"a": 2}, "failures": []}
+    with pytest.raises(Retry):
+        runner.run(task, 1, retry=mark, retry_wait={"due": 5.0})
+
+    assert runner.marks == {"retry": mark}
 
 
 def test_a_room_may_change_what_a_run_came_to(runner: Runner) -> None:

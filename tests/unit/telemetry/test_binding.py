@@ -22,7 +22,11 @@ from unit.log_records import Recorder, recorded
 
 from celery_resilience import ResilientTask, TaskContext, add_task_context
 from celery_resilience.body import RUNNING
-from celery_resilience.telemetry.binding import NAMES, bind_handlers
+from celery_resilience.telemetry.binding import (
+    NAMES,
+    bind_handlers,
+    bind_trace_id,
+)
 from celery_resilience.telemetry.log_format import LineFormatter
 from celery_resilience.telemetry.log_setup import LogSetup
 
@@ -119,6 +123,22 @@ def test_what_is_not_known_is_none(
         "attempt": 1,
         "trace_id": None,
     }
+
+
+def test_a_run_may_have_a_trace_of_its_own(
+    shop: Shop, records: list[logging.LogRecord]
+) -> None:
+    """As one of a replay has; the lines after that belong to it."""
+
+    def body(self: Any) -> None:
+        logger.info("before")
+        bind_trace_id(self.request_stack.top, "c" * 32)
+        logger.info("after")
+
+    shop.task(body, bind=True)
+    shop.run()
+
+    assert [vars(it)["trace_id"] for it in records] == [TRACE, "c" * 32]
 
 
 def test_a_task_within_a_task_has_its_own_lines(

@@ -66,6 +66,21 @@ def test_what_is_counted_as_an_event_is_one() -> None:
     assert set(COUNTED_EVENTS) <= told
 
 
+def test_whoever_counts_an_outcome_tells_it() -> None:
+    """What the worker's last line counts, the metrics do too."""
+    counting = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"counts\[Outcome|deliveries\.closed\(", path.read_text())
+    }
+
+    assert counting == {"settling.py", "consumer.py"}
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if re.search(r"counts\[Outcome|deliveries\.closed\(", text):
+            assert "emit(ENDED, ended=" in text, path
+
+
 # --- what is made from it ------------------------------------------------------------
 
 

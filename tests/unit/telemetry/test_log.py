@@ -352,7 +352,7 @@ def test_the_attributes_hold_no_control_character_either(
             "requests.Timeout",
             {"delay_s": 3, "error": "no answer"},
             (
-                "task retried: shop.ship[task-1] for 3 s: requests.Timeout: no answer "
+                "task retried: shop.ship[task-1] in 3 s: requests.Timeout: no answer "
                 "(attempt 1, queue shop)"
             ),
         ),
