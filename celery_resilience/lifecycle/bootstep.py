@@ -80,6 +80,7 @@ class Lifecycle:
         )
         self._interrupter = Interrupter(self._cut_off)
         self._is_program = False
+        self._main_pid = os.getpid()
         self._stops: list[Any] = []
         self._watch = HealthWatch(self, waiting_at_gate, ask_store)
         self._servers: list[HealthServer] = []
@@ -152,7 +153,9 @@ class Lifecycle:
             self._servers.append(server)
 
     def forked(self) -> None:
-        """Child: let go what is the main process's alone."""
+        """Child: let go what is the main process's alone; solo has no child."""
+        if os.getpid() == self._main_pid:
+            return
         for server in self._servers:
             server.close_in_child()
 

@@ -174,11 +174,18 @@ class Shelf:
         chars = 0
         while self._waiting and len(batch) < BATCH and chars < BATCH_CHARS:
             waits = self._waiting.popleft()
-            text = message_to_text(waits.message)
+            try:
+                text = message_to_text(waits.message)
+            except Exception:
+                logger.exception("a snoozed message cannot be stored, and is held")
+                self._decided.append((waits, False))
+                continue
             delay_s = waits.delay_s - (self._clock() - waits.put_at)
             batch.append(waits)
             rows.append((Shelved(waits.message.marks["sent"], text), max(0.0, delay_s)))
             chars += len(text)
+        if not rows:
+            return
         try:
             self._get_store().put(rows)
         except Exception:

@@ -96,8 +96,8 @@ def _logfmt_name(name: str) -> str:
 
 
 def _logfmt_value(value: Any) -> str:
-    text = printable(safe_text(value, 65_536))
-    if text and not any(c in text for c in ' ="'):
+    text = printable(safe_text(value, 65_536), keep_newlines=True)
+    if text and not any(c in text for c in ' ="\n\t'):
         return text
     return json.dumps(text, ensure_ascii=False)
 

@@ -144,7 +144,7 @@ def test_five_thousand_snoozed_tasks_are_held_by_nobody(
     waits = [unrelated_s(fleet)]
     eventually(
         lambda: shelved(fleet) >= at_least,
-        within_s=60,
+        within_s=120,
         every_s=0.2,
         what=worker.text[-2000:],
     )
@@ -153,7 +153,7 @@ def test_five_thousand_snoozed_tasks_are_held_by_nobody(
 
     eventually(
         lambda: len(paid(fleet, back)) >= len(back),
-        within_s=60,
+        within_s=120,
         every_s=0.2,
         what=worker.text[-2000:],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from polling import eventually
 from celery_resilience.deadline import answer_within
 from celery_resilience.idempotency.heartbeat import Heartbeat
 from celery_resilience.idempotency.record import Claim
-from celery_resilience.threads import start_deaf
+from celery_resilience.threads import start_at_once, start_deaf
 
 
 def blocked() -> set[int]:
@@ -55,3 +56,13 @@ def test_it_takes_no_signal(look: Callable[[], set[int]]) -> None:
 
     assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} <= look()
     assert blocked() == before
+
+
+def test_what_is_started_at_once_runs_in_a_thread_of_its_own() -> None:
+    """Its starter goes on without it."""
+    ran: list[int] = []
+
+    start_at_once(lambda: ran.append(threading.get_ident()))
+
+    eventually(lambda: ran)
+    assert ran != [threading.get_ident()]

@@ -74,6 +74,20 @@ def test_what_a_drain_cuts_off_is_its_exit_code(
     assert life.worker.exitcode == code
 
 
+@pytest.mark.parametrize("is_child", [False, True])
+def test_only_a_child_lets_the_health_port_go(life: Lifecycle, is_child: bool) -> None:
+    """On solo, Celery says in the main process that one has begun."""
+    closed: list[bool] = []
+    server: Any = SimpleNamespace(close_in_child=lambda: closed.append(True))
+    life._servers = [server]
+    if is_child:
+        life._main_pid += 1
+
+    life.forked()
+
+    assert closed == [True] * is_child
+
+
 def test_a_process_that_outlives_its_worker_drains_no_more(life: Lifecycle) -> None:
     """As a test's, or a web server's with a worker inside; another one's flags stay."""
     life.flags = draining.share()

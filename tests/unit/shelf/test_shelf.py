@@ -16,7 +16,9 @@ from celery_resilience.errors import BrokerUnavailable, NoRoute, StoreUnavailabl
 from celery_resilience.events import observe
 from celery_resilience.message import HEADER, OriginalMessage
 from celery_resilience.outcome import Outcome
+from celery_resilience.packing import message_to_text
 from celery_resilience.shelf import policy
+from celery_resilience.shelf import shelf as shelf_module
 from celery_resilience.shelf.consumer import MAX_COUNTED, Shelving
 from celery_resilience.shelf.shelf import AWAY_S, CLAIM, LEASE_S, Shelf
 from celery_resilience.shelf.store import Claimed, Shelved
@@ -236,6 +238,27 @@ def test_what_may_have_been_stored_is_not_run_twice(
 
     assert store.rows == {}
     assert broker.taken == []
+
+
+def test_a_message_that_is_no_text_is_held(
+    shelf: Shelf, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those beside it are stored."""
+    bad = copy(body=b"bad")
+
+    def refuses(message: OriginalMessage) -> str:
+        if message is bad:
+            raise TypeError("no text")
+        return message_to_text(message)
+
+    monkeypatch.setattr(shelf_module, "message_to_text", refuses)
+    stored = put(shelf, bad, copy())
+    work(shelf)
+    shelf.settle()
+
+    assert sorted(stored) == [False, True]
+    assert len(store.rows) == 1
+    assert not shelf.is_away
 
 
 def test_a_broker_that_is_away_loses_nothing(

@@ -120,3 +120,4 @@ def test_a_line_of_logfmt_has_the_same_facts() -> None:
     assert ' message="two words"' in text
     assert text.endswith(" a_b=1")
     assert as_logfmt({"a": None}) == ""
+    assert as_logfmt({"a": "1\n2", "b": "1\t2"}) == 'a="1\\n2" b="1\\t2"'
