@@ -457,6 +457,21 @@ def test_secrets_are_masked_and_texts_cut() -> None:
     assert len(sample["message"]) < 300
 
 
+@pytest.mark.parametrize(("text", "told"), [("short", 100), ("\N{SNOWMAN}" * 500, 30)])
+def test_a_report_tells_of_the_first_bad_items(text: str, told: int) -> None:
+    """As many as fit into what a database takes as one value, escaped."""
+    shelf = Shelf()
+    with begun(shelf) as made:
+        for item in made.items(range(300)):
+            with made.item(item):
+                raise ValueError(text)
+
+    samples = made.report["samples"]
+    assert [int(sample["id"]) for sample in samples] == list(range(told))
+    assert counts(made) == (0, 0, 300)
+    assert len(shelf.saved or "") < 65_535
+
+
 def test_types_are_counted_up_to_a_number() -> None:
     """Whatever types a library makes on the way."""
     with begun(Shelf()) as made:
