@@ -130,7 +130,7 @@ def failure_of_run(
         facts: What the child sent, which knows the true one.
     """
     traceback = cut_traceback(exc_info.traceback or "")
-    if "fingerprint" in facts:
+    if "fingerprint" in facts and not isinstance(exc, TimeLimitExceeded):
         return failure_of(facts, traceback)
     kind = type_name(type(exc))
     if isinstance(exc, WorkerLostError):

@@ -41,6 +41,7 @@ from celery_resilience.errors import (
     TooManyCrashes,
 )
 from celery_resilience.events import observe
+from celery_resilience.failure import describe
 from celery_resilience.message import HEADER, OriginalMessage, foreign_message
 from celery_resilience.outcome import EVENTS, Outcome, Settlement
 
@@ -606,6 +607,18 @@ def test_a_hard_limit_is_one_failure(late: Worker, told: list[BaseException]) ->
     assert settlement.failure is not None
     assert settlement.failure.message == "the run passed its hard time limit of 5 s"
     assert late.acks == ["ack"]
+
+
+def test_a_hard_limit_is_told_as_one_after_a_failure_too(late: Worker) -> None:
+    """Facts that a run had sent before it was cut off are not what it ended with."""
+    request = late.deliver()
+    late.facts.send(request.id, describe(ValueError("before the limit")))
+
+    request.on_failure(failed_with(TimeLimitExceeded(5)))
+
+    (settlement,) = late.keeps.asked
+    assert settlement.failure is not None
+    assert settlement.failure.message == "the run passed its hard time limit of 5 s"
 
 
 def test_the_gevent_pools_hard_limit_is_one_too(late: Worker) -> None:
