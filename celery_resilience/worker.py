@@ -62,7 +62,8 @@ from celery_resilience.message import replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
-from celery_resilience.shelf.bootstep import shelf_step
+from celery_resilience.settings import sqlite_path
+from celery_resilience.shelf.bootstep import LAST_ANSWER_S, shelf_step
 from celery_resilience.shelf.consumer import Shelving
 from celery_resilience.shelf.policy import most_held
 from celery_resilience.shelf.shelf import Shelf
@@ -627,6 +628,7 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     setup: WorkerSetup | None = None
     try:
         if not installation.settings.enabled:
+            give_back_shelved(installation)
             return
         setup = WorkerSetup(installation, worker)
         setup.check()
@@ -639,6 +641,34 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     app.steps["worker"].discard(CollectorStep)
     if setup is not None and refusal is None and setup.collects:
         app.steps["worker"].add(CollectorStep)
+
+
+def give_back_shelved(installation: Installation) -> None:
+    """
+    Publish what waits in the store, in a worker that is plain Celery otherwise.
+
+    Other workers had put it there before celery-resilience was switched off.
+    """
+    url = installation.store_choice.url
+    if url is None:
+        return
+    path = sqlite_path(url)
+    if path is not None and not path.is_file():
+        return
+    app = installation.app
+    shelf = Shelf(installation.shelf_store, Publisher(app), is_last=True)
+    uid = f"celery_resilience-{id(app)}-shelf"
+
+    def on_ready(sender: Any = None, **_: Any) -> None:
+        if getattr(sender, "app", None) is app:
+            shelf.start()
+
+    def on_shutdown(sender: Any = None, **_: Any) -> None:
+        if getattr(sender, "app", None) is app:
+            shelf.stop(LAST_ANSWER_S)
+
+    signals.worker_ready.connect(on_ready, weak=False, dispatch_uid=uid)
+    signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
 
 
 def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -> None:

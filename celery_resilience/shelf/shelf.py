@@ -69,6 +69,7 @@ class Shelf:
     Args:
         store: Gives the store.
         publisher: Of this thread's alone.
+        is_last: Nothing is put into this one: it ends when the store is empty.
         clock: Monotonic seconds.
     """
 
@@ -77,10 +78,12 @@ class Shelf:
         store: Callable[[], ShelfStore],
         publisher: Publishes,
         *,
+        is_last: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._get_store = store
         self._publisher = publisher
+        self._is_last = is_last
         self._clock = clock
         self._waiting: deque[Waits] = deque()
         self._decided: deque[tuple[Waits, bool]] = deque()
@@ -167,6 +170,8 @@ class Shelf:
             claimed = store.claim(CLAIM, LEASE_S)
             self._is_back()
             self._publish(store, claimed)
+            if self._is_last and not claimed.messages and not claimed.others:
+                self._is_stopping = True
 
     def _keep(self) -> None:
         batch: list[Waits] = []

@@ -317,6 +317,25 @@ def test_what_was_published_is_forgotten_when_the_store_is_back(
     assert store.rows == {}
 
 
+def test_the_last_shelf_ends_when_the_store_is_empty(
+    store: Store, broker: Broker, clock: Clock
+) -> None:
+    """Where celery-resilience is off, nothing more comes."""
+    put(filled := Shelf(lambda: store, broker, clock=clock), copy())
+    work(filled)
+    last = Shelf(lambda: store, broker, is_last=True, clock=clock)
+    work(last)
+    assert not last._is_stopping
+
+    clock.now += 100
+    work(last)
+    clock.now += 100
+    work(last)
+
+    assert len(broker.taken) == 1
+    assert last._is_stopping
+
+
 # --- how often is looked ---------------------------------------------------------------
 
 
