@@ -736,7 +736,12 @@ def install(app: Celery) -> Installation:
             if installation.lifecycle is not None:
                 installation.lifecycle.forked()
         told = os.environ.get(WORKER_VARIABLE)
-        if told and installation.child is None and installation.settings.enabled:
+        if (
+            told
+            and shared_flags is None  # a fork has them, whichever app's worker it is of
+            and installation.child is None
+            and installation.settings.enabled
+        ):
             from celery_resilience.worker import prepare_spawned_child
 
             prepare_spawned_child(installation, json.loads(told))

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from math import isfinite
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +33,9 @@ SENT_AT = "sent_at"
 
 #: The marks that say nothing of a past.
 _OF_NO_PAST = frozenset({KEY, RETRY, RETRY_WAIT, SENT_AT})
+
+#: Wall seconds, and seconds of a delay, below which a date can be made of them.
+MAX_TIME_S = 1e11
 
 #: Characters of a key's name, and of the name of a process.
 MAX_KEY = 255
@@ -186,16 +188,19 @@ def _is_key(mark: Any) -> bool:
     )
 
 
-def _is_time(mark: Any) -> bool:
+def is_time(mark: Any) -> bool:
+    """Whether *mark* is wall seconds, or a delay, of which a date can be made."""
     return (
-        isinstance(mark, int | float) and not isinstance(mark, bool) and isfinite(mark)
+        isinstance(mark, int | float)
+        and not isinstance(mark, bool)
+        and 0 <= mark < MAX_TIME_S
     )
 
 
 def _is_retry(mark: Any) -> bool:
     return (
         isinstance(mark, dict)
-        and _is_time(mark.get("since"))
+        and is_time(mark.get("since"))
         and isinstance(mark.get("spent"), dict)
         and all(_is_count(count) for count in mark["spent"].values())
         and isinstance(mark.get("failures"), list | tuple)
@@ -204,8 +209,8 @@ def _is_retry(mark: Any) -> bool:
             and len(failure) == 4
             and _is_count(failure[0])
             and isinstance(failure[2], str)
-            and _is_time(failure[1])
-            and _is_time(failure[3])
+            and is_time(failure[1])
+            and is_time(failure[3])
             for failure in mark["failures"]
         )
     )
@@ -214,7 +219,7 @@ def _is_retry(mark: Any) -> bool:
 def _is_retry_wait(mark: Any) -> bool:
     return (
         isinstance(mark, dict)
-        and _is_time(mark.get("due", 0.0))
+        and is_time(mark.get("due", 0.0))
         and isinstance(mark.get("budget", "-"), str)
         and 1 <= len(mark.get("budget", "-")) <= MAX_KEY
     )
@@ -224,7 +229,7 @@ def _is_retry_wait(mark: Any) -> bool:
 _MARKS: Mapping[str, Callable[[Any], bool]] = {
     "alone": lambda mark: isinstance(mark, bool),
     "crashed": lambda mark: isinstance(mark, str) and 1 <= len(mark) <= MAX_KEY,
-    "crashed_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
+    "crashed_at": is_time,
     "crashes": _is_count,
     "forced": lambda mark: isinstance(mark, bool),
     "key": _is_key,
@@ -233,11 +238,11 @@ _MARKS: Mapping[str, Callable[[Any], bool]] = {
     RETRY: _is_retry,
     RETRY_WAIT: _is_retry_wait,
     "sent": lambda mark: isinstance(mark, str) and mark != "",
-    "sent_at": lambda mark: isinstance(mark, int | float) and isfinite(mark),
+    "sent_at": is_time,
     "snoozes": _is_count,
     "trace": is_traceparent,
     "unrecorded": _is_count,
-    "waits_since": lambda mark: isinstance(mark, int | float) and isfinite(mark),
+    "waits_since": is_time,
 }
 
 

@@ -125,6 +125,9 @@ ENDED = "delivery.ended"
 COUNTED = "delivery.counted"
 COUNTED_FACT = "counted"
 
+#: The fact that the budget of a retry has paid for this run.
+PAID_FACT = "budget_paid"
+
 
 class Ended(NamedTuple):
     """

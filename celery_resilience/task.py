@@ -26,7 +26,6 @@ from celery_resilience.errors import (
     MissingExtra,
     Replaced,
     ResilienceError,
-    RetryByRule,
     RetryNotPublished,
     RunInterrupted,
     Skip,
@@ -297,6 +296,9 @@ class ResilientTask(Task):  # type: ignore[type-arg]
         except (Retry, Reject):
             raise
         except BaseException as exc:
+            sent = retry_before(exc)
+            if sent is not None:
+                raise sent from None
             if not rooms.is_ending(exc):
                 self._send_facts(rooms, request, exc)
                 if not isinstance(exc, Exception):
@@ -306,12 +308,27 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             raise
         finally:
+            self._leave(rooms, request, after_body)
+
+    def _leave(
+        self,
+        rooms: ChildRooms,
+        request: Context,
+        after_body: Callable[[], None] | None,
+    ) -> None:
+        """Tell what was counted, and that a message with a past has run."""
+        try:
             if COUNTS in vars(request) or RUN_FACTS in vars(request):
                 with soft_limit_deferred():
                     self._tell(rooms, request, {})
             if after_body is not None:
                 with soft_limit_deferred():
                     after_body()
+        except SoftTimeLimitExceeded as late:
+            sent = retry_before(late)
+            if sent is None:
+                raise
+            raise sent from None
 
     def _run_guarded(
         self,
@@ -422,10 +439,10 @@ class ResilientTask(Task):  # type: ignore[type-arg]
             try:
                 self._after_body(rooms, request, exc)
             except SoftTimeLimitExceeded as late:
-                # It has passed while the retry was sent, which runs in any case.
-                if isinstance(late.__context__, RetryByRule):
-                    raise late.__context__ from None
-                raise
+                sent = retry_before(late)
+                if sent is None:
+                    raise
+                raise sent from None
             raise
         finally:
             RUNNING.reset(running)
@@ -759,6 +776,22 @@ def inherited_marks(
         claim = vars(request)[KEYED_RUN].claim
         kept[KEY] = [claim.name, claim.fingerprint]
     return {HEADER: kept} if kept else {}
+
+
+def retry_before(exc: BaseException) -> Retry | None:
+    """
+    The retry that was sent before a soft limit passed in our own code after it.
+
+    It runs in any case, so that the run has not failed. A snooze is not sent yet.
+    """
+    found: BaseException | None = exc
+    if not isinstance(exc, SoftTimeLimitExceeded):
+        return None
+    while found is not None:
+        if isinstance(found, Retry) and not isinstance(found, Snooze):
+            return found
+        found = found.__context__
+    return None
 
 
 def parameters_of(run: Any) -> tuple[str, ...]:

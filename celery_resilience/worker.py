@@ -58,7 +58,7 @@ from celery_resilience.memory.reading import find_eyes
 from celery_resilience.memory.slots import Slots
 from celery_resilience.memory.task import MemoryAround, RunLimits
 from celery_resilience.memory.watch import MemoryWatch
-from celery_resilience.message import replay_of
+from celery_resilience.message import SENT_AT, replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.sessions.task import Sessions
@@ -239,6 +239,8 @@ class WorkerSetup:
         """Put our classes and steps in the places that Celery reads them from."""
         installation, worker = self.installation, self.worker
         visibility = RedisVisibility(self.deliveries)
+        step = delivery_step(self.deliveries, visibility)
+        replace_step(self.app, "consumer", step)
         worker.consumer_cls = build_consumer_class(
             symbol_by_name(worker.consumer_cls),
             deliveries=self.deliveries,
@@ -247,10 +249,8 @@ class WorkerSetup:
             is_failed_queue=lambda name: (
                 name in self.failed_queues or name in self.collect_queues
             ),
-            shelve=self.make_shelving(visibility),
+            shelve=self.make_shelving(visibility, after=step),
         )
-        step = delivery_step(self.deliveries, visibility)
-        replace_step(self.app, "consumer", step)
         life = self.lifecycle
         life.attach()
         if life.conditions.after_tasks is not None:
@@ -358,21 +358,27 @@ class WorkerSetup:
         )
         signals.worker_shutdown.connect(on_shutdown, weak=False, dispatch_uid=uid)
 
-    def make_shelving(self, visibility: RedisVisibility) -> Any:
-        """What takes the snoozed messages that are too many; None without a store."""
+    def make_shelving(self, visibility: RedisVisibility, *, after: type[Any]) -> Any:
+        """
+        What takes the snoozed messages that are too many; None without a store.
+
+        Args:
+            after: The step that gives back what the store did not take.
+        """
         installation, deliveries = self.installation, self.deliveries
         if installation.store_choice.url is None:
             return None
         shelving = Shelving(
             Shelf(installation.shelf_store, Publisher(self.app)),
             deliveries,
-            copy_of=lambda message: send_again(
-                deliveries.original(message), delay_s=0.0, marks={}
+            copy_of=lambda message, due: send_again(
+                deliveries.original(message), delay_s=0.0, marks={SENT_AT: due}
             ),
             is_lost=lambda: visibility.is_lost,
             most_held=most_held(getattr(self.app.conf, "worker_eta_task_limit", None)),
         )
-        replace_step(self.app, "consumer", shelf_step(shelving))
+        replace_step(self.app, "consumer", shelf_step(shelving, after=after))
+        self.lifecycle.waits_elsewhere = shelving.has_waiting
         return shelving.takes
 
     def watch_memory(self) -> MemorySetup:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from celery.exceptions import Retry
+
 from celery_resilience.batches.batch import Batch
 from celery_resilience.batches.options import BatchOptions
 from celery_resilience.batches.running import BatchRun, KeepsItem
@@ -20,10 +22,9 @@ from celery_resilience.batches.stream import (
 )
 from celery_resilience.batches.surroundings import Surroundings
 from celery_resilience.errors import (
-    CONTROL_FLOW,
-    CircuitIsOpen,
     ConfigurationError,
     ResilienceError,
+    Skip,
 )
 from celery_resilience.message import id_text
 from celery_resilience.run_view import RUN_FACTS
@@ -159,14 +160,20 @@ class Streams:
     def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
         """What has ended well needs its places no longer than its redeliveries."""
         said = vars(request)
-        goes_on = isinstance(exc, (*CONTROL_FLOW, CircuitIsOpen))
+        if isinstance(exc, Skip):
+            exc = None
+        goes_on = isinstance(exc, Retry) or getattr(exc, "requeue", False)
         if BATCHES in said and not goes_on:
             told = [batch.untold(exc) for batch in said[BATCHES].values()]
             said.setdefault(RUN_FACTS, {})[BATCH_FACT] = told
             for counts in told:
                 for outcome in OUTCOMES:
                     labels = {"batch": counts["name"], "outcome": outcome}
-                    self._count(request, METRIC, counts[outcome], **labels)
+                    try:
+                        self._count(request, METRIC, counts[outcome], **labels)
+                    except ConfigurationError as error:
+                        # Nobody is shown it where `resilience_redact` lists a label.
+                        logger.warning("%s: %s", task.name, error)
         if exc is None and (STREAMS in said or BATCHES in said):
             store = self._store()
             try:

@@ -23,6 +23,10 @@ class MemoryCircuitStore:
         self._slots: dict[str, dict[str, float]] = {}
         self._circuits: dict[str, tuple[float, Stored]] = {}
 
+    def after_fork(self) -> None:
+        """The child's own lock: another thread of its parent may have held it."""
+        self._lock = Lock()
+
     def read(self, names: Sequence[str]) -> Answer:
         """The circuits of these names."""
         with self._lock:

@@ -105,5 +105,8 @@ class Standby:
         emit("circuits.store_back")
 
     def after_fork(self) -> None:
-        """The child's own lock."""
+        """The child's own locks."""
         self._lock = Lock()
+        local = self._local
+        if local is not None:
+            local.after_fork()

@@ -115,8 +115,10 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
         handle = super().create_task_handler(*args, **kwargs)
         shelve = type(self).shelve
 
-        def receive(message: Any) -> Any:
+        def receive(message: Any, is_shelved: bool = False) -> Any:
             try:
+                if not is_shelved and shelve is not None and shelve(message, hold):
+                    return None
                 return handle(message)
             except Exception as exc:
                 # Celery 5.7 ends the worker here, or on Redis, where kombu takes
@@ -127,6 +129,9 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
                 self._keep(
                     message, Reason.MALFORMED, exc, defect, lambda: _reject(message)
                 )
+
+        def hold(message: Any) -> Any:
+            return receive(message, is_shelved=True)
 
         def on_task_received(message: Any) -> Any:
             if is_draining() and not is_forgotten(message):
@@ -140,8 +145,6 @@ class ResilientConsumer(CeleryConsumer):  # type: ignore[misc]
                     task=_announced_name(message),
                     bytes=len(message.body),
                 )
-            if shelve is not None and shelve(message, receive):
-                return None
             return receive(message)
 
         return on_task_received

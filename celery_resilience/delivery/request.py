@@ -42,8 +42,8 @@ from celery_resilience.errors import (
 )
 from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
-from celery_resilience.message import HEADER, id_text, marks_of
-from celery_resilience.outcome import COUNTED, COUNTED_FACT, Outcome, Reason
+from celery_resilience.message import HEADER, RETRY_WAIT, id_text, marks_of
+from celery_resilience.outcome import COUNTED, COUNTED_FACT, PAID_FACT, Outcome, Reason
 from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import safe_text
 
@@ -89,9 +89,10 @@ class ResilientRequest(SettlingRequest):
         if self.settled_as is not None:
             return
         exc = _celery.exception_of(exc_info)
+        facts: dict[str, Any] = {}
         if isinstance(exc, Ignore | Reject | Retry):
             # Not for a later run of the same task id in this child.
-            self._take_facts()
+            facts = self._take_facts()
         ended_for = None
         if isinstance(exc, Terminated | WorkerLostError):
             ended_for = self.deliveries.ended_children.get(self.worker_pid)
@@ -106,7 +107,12 @@ class ResilientRequest(SettlingRequest):
             # Those of a circuit are counted by their age, and not with the others.
             is_own = not isinstance(exc, CircuitSnooze)
             snoozes = self.marks.get("snoozes", 0) + is_own
-            marks = {"snoozes": snoozes, "redeliveries": None, "waits_since": None}
+            marks: dict[str, Any] = {
+                "snoozes": snoozes,
+                "redeliveries": None,
+                "waits_since": None,
+                **({RETRY_WAIT: None} if PAID_FACT in facts else {}),
+            }
             marks.update(getattr(exc, "marks", {}))
             self._send_again(Outcome.SNOOZED, exc.reason, exc.countdown_s, marks)
             super().on_failure(exc_info, send_failed_event, return_ok)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from celery_resilience.message import OriginalMessage
+from celery_resilience.message import SENT_AT, OriginalMessage
 
 #: Seconds of delay from which the copy starts a trace of its own: nobody waits for one
 #: that stays open for so long.
@@ -31,7 +31,11 @@ def send_again(
         delay_s: Seconds until it may run.
         marks: Ours, added to those that it has; None takes one away.
     """
-    at = datetime.now(UTC) + timedelta(seconds=delay_s) if delay_s > 0 else None
+    due = datetime.now(UTC) + timedelta(seconds=delay_s)
+    at = due if delay_s > 0 else None
     if delay_s >= NEW_TRACE_AFTER_S:
         message = message.in_new_trace()
+    if SENT_AT in message.marks:
+        # It waits from then on.
+        marks = {SENT_AT: due.timestamp(), **marks}
     return message.without_past().marked(**marks, sent=uuid4().hex).due_at(at)

@@ -20,7 +20,7 @@ from celery_resilience.failure import (
     fingerprint_of,
     type_name,
 )
-from celery_resilience.message import HEADER, SENT_AT, id_text
+from celery_resilience.message import HEADER, SENT_AT, id_text, is_time
 from celery_resilience.outcome import Ended, Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
@@ -109,11 +109,12 @@ def _wait_s(request: Any, started: float) -> float | None:
     marks = marks if isinstance(marks, dict) else {}
     if request._delivery_info["redelivered"] or "replay" in marks:
         return None
-    eta, sent_at = request._eta, marks.get(SENT_AT)
+    eta: Any = request._eta
+    sent_at: Any = marks.get(SENT_AT)
     if eta is not None:
         return max(0.0, float(started - eta.timestamp()))
-    if isinstance(sent_at, int | float):
-        return max(0.0, started - sent_at)
+    if is_time(sent_at):
+        return max(0.0, float(started - sent_at))
     return None
 
 

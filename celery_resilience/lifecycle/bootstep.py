@@ -53,6 +53,9 @@ class Lifecycle:
         ask_store: Raises what the store says where it does not answer; None: there is
             no store.
 
+    Attributes:
+        waits_elsewhere: Whether messages that are this worker's lie in no queue.
+
     Raises:
         ConfigurationError: The address is taken.
     """
@@ -72,6 +75,7 @@ class Lifecycle:
         pages: Pages | None = None,
     ) -> None:
         self.hand_back = hand_back
+        self.waits_elsewhere: Callable[[], bool] = lambda: False
         self.worker = worker
         self.flags = flags
         self.conditions = conditions
@@ -212,6 +216,7 @@ class Lifecycle:
             is_idle = (
                 self._watch.is_connected
                 and not _celery.held_tasks()
+                and not self.waits_elsewhere()
                 and before == accepted
             )
             idle_s = idle.look(is_idle, now)

@@ -20,6 +20,7 @@ from celery_resilience.errors import (
 from celery_resilience.events import emit
 from celery_resilience.failure import type_name
 from celery_resilience.message import HEADER, RETRY, RETRY_WAIT, id_text, marks_of
+from celery_resilience.outcome import PAID_FACT
 from celery_resilience.retries.budgets import Budgets
 from celery_resilience.retries.policy import Again, History, decide
 from celery_resilience.retries.rules import (
@@ -31,6 +32,7 @@ from celery_resilience.retries.rules import (
     wrong_rules,
 )
 from celery_resilience.retry_after import retry_after_of
+from celery_resilience.run_view import RUN_FACTS
 from celery_resilience.soft_limit import soft_limit_deferred
 
 #: Why a message with a retry is snoozed.
@@ -83,9 +85,10 @@ class TaskRules:
         if isinstance(said, dict) and RETRY_WAIT in said:
             marks = marks_of(vars(request))
             if RETRY_WAIT in marks:
-                self._wait(marks)
+                self._wait(marks, request)
                 return
-        if self._budget_names and not request.retries:
+        has_come_back = isinstance(said, dict) and "sent" in said
+        if self._budget_names and not request.retries and not has_come_back:
             budgets = self._budgets()
             for name in self._budget_names:
                 budgets.add_first(name)
@@ -185,7 +188,7 @@ class TaskRules:
         except Exception as error:
             raise RetryNotPublished.of(error, exc) from error
 
-    def _wait(self, marks: dict[str, Any]) -> None:
+    def _wait(self, marks: dict[str, Any], request: Any) -> None:
         """Let a retry wait that is not due, or for which its budget has nothing."""
         wait, snoozes = marks[RETRY_WAIT], marks.get("snoozes")
         max_wait_s = self._max_wait_s()
@@ -198,6 +201,8 @@ class TaskRules:
         with soft_limit_deferred():
             found = self._budgets().withdraw(wait["budget"], max_wait_s)
         if found.is_granted and not found.wait_s:
+            # A snooze of the body's is not to pay once more.
+            vars(request).setdefault(RUN_FACTS, {})[PAID_FACT] = True
             return
         # What it was promised is its own; else not all ask again at once.
         kept = None if found.is_granted else wait

@@ -15,6 +15,9 @@ TICK_S = 0.1
 LAST_ANSWER_S = 2.0
 
 
+_AFTER = ("celery.worker.consumer.tasks:Tasks",)
+
+
 class ShelfStep(bootsteps.StartStopStep):
     """
     Starts the shelf with the consumer; started again after each lost connection.
@@ -24,7 +27,7 @@ class ShelfStep(bootsteps.StartStopStep):
     """
 
     label = "Resilience: shelf"
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    requires = _AFTER
 
     shelving: ClassVar[Shelving]
 
@@ -70,6 +73,13 @@ class ShelfStep(bootsteps.StartStopStep):
             self._entry = None
 
 
-def shelf_step(shelving: Shelving) -> type[Any]:
-    """A step for one app's worker."""
-    return type("ShelfStep", (ShelfStep,), {"shelving": shelving})
+def shelf_step(shelving: Shelving, *, after: type[Any]) -> type[Any]:
+    """
+    A step for one app's worker.
+
+    Args:
+        after: The step that starts before it, and so ends after it: what is not stored
+            is given back there.
+    """
+    requires: Any = (*_AFTER, after)
+    return type("ShelfStep", (ShelfStep,), {"shelving": shelving, "requires": requires})

@@ -26,7 +26,8 @@ class Shelving:
     Args:
         shelf: Where they wait.
         deliveries: The table of the worker's deliveries.
-        copy_of: Makes the copy of a message that is published when it is due.
+        copy_of: Makes the copy of a message that is published when it is due, at that
+            wall time.
         is_lost: Whether the connection is lost by which messages came that are ours.
         most_held: Messages in this worker's memory up to which none is handed over.
         clock: Wall time.
@@ -40,7 +41,7 @@ class Shelving:
         shelf: Shelf,
         deliveries: Any,
         *,
-        copy_of: Callable[[Any], OriginalMessage],
+        copy_of: Callable[[Any, float], OriginalMessage],
         is_lost: Callable[[], bool],
         most_held: int,
         clock: Callable[[], float] = time.time,
@@ -72,7 +73,7 @@ class Shelving:
             return False
         if not self._deliveries.can_come_again(message):
             return False
-        copy = self._copy_of(message)
+        copy = self._copy_of(message, self._clock() + wait_s)
         qos = self._count()
         self._deliveries.held.add(message)
 
@@ -91,6 +92,10 @@ class Shelving:
 
         self.shelf.put(copy, wait_s, then)
         return True
+
+    def has_waiting(self) -> bool:
+        """Whether something waits in the store, or on its way there."""
+        return bool(self._deliveries.held) or self.shelf.left > 0
 
     def settle(self) -> None:
         """In the thread of the connection: acknowledge what is stored."""

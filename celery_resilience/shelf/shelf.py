@@ -71,6 +71,10 @@ class Shelf:
         publisher: Of this thread's alone.
         is_last: Nothing is put into this one: it ends when the store is empty.
         clock: Monotonic seconds.
+
+    Attributes:
+        is_away: The store, or the broker, did not answer.
+        left: Messages in the store, when it was last looked at.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Shelf:
         self._is_stopping = False
         self._thread: Thread | None = None
         self.is_away = False
+        self.left = 0
 
     # --- the main process -----------------------------------------------------------
 
@@ -168,6 +173,7 @@ class Shelf:
             store = self._get_store()
             self._forget(store)
             claimed = store.claim(CLAIM, LEASE_S)
+            self.left = claimed.others + len(claimed.messages)
             self._is_back()
             self._publish(store, claimed)
             if self._is_last and not claimed.messages and not claimed.others:
@@ -198,6 +204,7 @@ class Shelf:
             self._unwanted.extend(row.id for row, _ in rows)
             self._decided.extend((waits, False) for waits in batch)
             raise
+        self.left += len(batch)
         self._decided.extend((waits, True) for waits in batch)
         emit("shelf.filled", messages=len(batch))
         first_s = min(delay_s for _, delay_s in rows)
@@ -223,6 +230,7 @@ class Shelf:
                     published.append(it.id)
         finally:
             if published:
+                self.left -= len(published)
                 self._unwanted.extend(published)
                 self._forget(store)
                 emit("shelf.emptied", messages=len(published), left=claimed.others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -206,6 +207,18 @@ def test_a_copy_is_the_same_task() -> None:
     assert "x-death" not in copy.headers
     assert copy.redelivered is False
     assert copy.queue == message.queue
+
+
+def test_a_copy_waits_from_when_it_may_run() -> None:
+    """And not from when its original was sent; one that tells no time gets none."""
+    marked = a_message(headers=headers_with({"sent_at": 5.0}))
+    before = time.time()
+
+    at = sent(marked, 60).marks["sent_at"]
+
+    assert before + 60 <= at <= time.time() + 60
+    assert sent(marked, 0, sent_at=7.0).marks["sent_at"] == 7.0
+    assert "sent_at" not in sent(a_message(), 60).marks
 
 
 def test_a_copy_that_is_sent_much_later_starts_a_trace_of_its_own() -> None:

@@ -459,7 +459,7 @@ def shelving(shelf: Shelf, deliveries: Deliveries, lost: deque[bool]) -> Shelvin
     shelving = Shelving(
         shelf,
         deliveries,
-        copy_of=lambda message: copy(),
+        copy_of=lambda message, due: copy(),
         is_lost=lambda: lost[0],
         most_held=1_000,
         clock=lambda: 10.0,
