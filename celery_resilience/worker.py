@@ -61,6 +61,7 @@ from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.message import SENT_AT, replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
+from celery_resilience.redaction import safe_text
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.settings import sqlite_path
 from celery_resilience.shelf.bootstep import LAST_ANSWER_S, shelf_step
@@ -631,6 +632,7 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     by a bootstep.
     """
     refusal: ConfigurationError | None = None
+    unexpected: Exception | None = None
     setup: WorkerSetup | None = None
     try:
         if not installation.settings.enabled:
@@ -641,8 +643,16 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
         setup.apply()
     except ConfigurationError as exc:
         refusal = exc
+    except Exception as exc:
+        unexpected = exc
+        refusal = ConfigurationError(
+            f"it could not be set up: {type(exc).__name__}: {safe_text(exc)}. The worker "
+            "does not start, for its tasks would run unguarded; the traceback is in the "
+            "log"
+        )
     app = installation.app
-    step = type("ResilienceStep", (ResilienceStep,), {"refusal": refusal})
+    found = {"refusal": refusal, "unexpected": unexpected}
+    step = type("ResilienceStep", (ResilienceStep,), found)
     replace_step(app, "worker", step)
     app.steps["worker"].discard(CollectorStep)
     if setup is not None and refusal is None and setup.collects:
@@ -754,9 +764,13 @@ class ResilienceStep(bootsteps.Step):
     name = "celery_resilience.worker.ResilienceStep"
 
     refusal: ConfigurationError | None = None
+    unexpected: Exception | None = None
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         if self.refusal is not None:
+            if self.unexpected is not None:
+                # Before this step a worker has no log.
+                logger.error("%s", self.refusal, exc_info=self.unexpected)
             if click.get_current_context(silent=True) is not None:
                 raise SystemExit(f"celery-resilience: {self.refusal}")
             raise self.refusal

@@ -39,6 +39,12 @@ MAX_DEAD = 1_000
 #: Reasons for which a run's process has ended, or was ended.
 DEATHS = frozenset({Reason.WORKER_LOST, Reason.HARD_TIME_LIMIT, Reason.MEMORY_LIMIT})
 
+#: What we ask of sentry-sdk, which has all of it from 2.0 on.
+NEEDED = (
+    *("capture_event", "flush", "get_client", "get_global_scope"),
+    *("get_isolation_scope", "isolation_scope", "last_event_id"),
+)
+
 #: Where a request remembers what its events are told.
 _RUN = "_resilience_sentry"
 
@@ -314,5 +320,16 @@ def count_lost_events(sdk: Any, lost: Callable[[int], None]) -> None:
 
 
 def sdk_in_use() -> Any | None:
-    """The module, if the app has imported it; else None."""
-    return sys.modules.get("sentry_sdk")
+    """The module, if the app has imported one that has what we need; else None."""
+    sdk = sys.modules.get("sentry_sdk")
+    if sdk is None:
+        return None
+    missing = [name for name in NEEDED if not hasattr(sdk, name)]
+    if missing:
+        logger.warning(
+            "Sentry is told nothing by celery-resilience: this sentry-sdk, which must be "
+            "2.0 or later, lacks %s",
+            ", ".join(missing),
+        )
+        return None
+    return sdk

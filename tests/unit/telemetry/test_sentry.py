@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,3 +161,25 @@ def test_a_childs_end_is_told_with_its_task_or_not_at_all(sdk: Sdk) -> None:
     assert look_at(exit_of(6), {}) == exit_of(6)
     transaction = {"type": "transaction", "logger": "celery_resilience.failed"}
     assert look_at(transaction, {}) is transaction
+
+
+@pytest.mark.parametrize("missing", sentry.NEEDED)
+def test_an_sdk_that_is_too_old_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str
+) -> None:
+    """A worker starts beside sentry-sdk 1, and says why it tells Sentry nothing."""
+    sdk = SimpleNamespace(**dict.fromkeys(sentry.NEEDED))
+    monkeypatch.setitem(sys.modules, "sentry_sdk", sdk)
+    assert sentry.sdk_in_use() is sdk
+
+    delattr(sdk, missing)
+
+    assert sentry.sdk_in_use() is None
+    assert f"lacks {missing}" in caplog.text
+
+
+def test_the_sdk_has_what_is_needed() -> None:
+    """A name that it never had would switch us off."""
+    import sentry_sdk
+
+    assert sentry.sdk_in_use() is sentry_sdk

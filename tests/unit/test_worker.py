@@ -1,0 +1,76 @@
+"""A worker that cannot be set up does not start."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from unit.log_records import recorded
+
+from celery_resilience import Resilience
+from celery_resilience.errors import ConfigurationError
+from celery_resilience.install import Installation, installation_of
+from celery_resilience.worker import ResilienceStep, WorkerSetup, prepare_worker
+
+
+@pytest.fixture
+def installation() -> Installation:
+    """In an app that has no worker yet."""
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    Resilience(app)
+    return installation_of(app)
+
+
+def step_of(installation: Installation) -> Any:
+    """What the worker makes of our setup when it starts."""
+    worker = SimpleNamespace(hostname="w@h", app=installation.app, pool_cls="solo")
+    prepare_worker(installation, worker)
+    steps = installation.app.steps["worker"]
+    (step,) = (it for it in steps if issubclass(it, ResilienceStep))
+    return step
+
+
+def test_an_error_of_the_setup_ends_the_start(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery would swallow it, and run keyed tasks unguarded; its traceback is logged."""
+
+    def apply(self: Any) -> None:
+        raise AttributeError("no attribute 'get_global_scope'")
+
+    monkeypatch.setattr(WorkerSetup, "check", lambda self: None)
+    monkeypatch.setattr(WorkerSetup, "apply", apply)
+    step = step_of(installation)
+
+    with (
+        recorded("celery_resilience.worker") as records,
+        pytest.raises(ConfigurationError, match="AttributeError: no attribute 'get_gl"),
+    ):
+        step(None)
+
+    (record,) = records
+    assert record.levelno == logging.ERROR
+    assert "in apply" in logging.Formatter().format(record)
+
+
+def test_a_refusal_has_no_traceback(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sentence says what to do."""
+
+    def check(self: Any) -> None:
+        raise ConfigurationError("no failed queue")
+
+    monkeypatch.setattr(WorkerSetup, "check", check)
+    step = step_of(installation)
+
+    with (
+        recorded("celery_resilience.worker") as records,
+        pytest.raises(ConfigurationError, match="no failed queue"),
+    ):
+        step(None)
+
+    assert records == []
