@@ -318,15 +318,23 @@ class WorkerSetup:
 
         def on_ready(sender: Any = None, **_: Any) -> None:
             if getattr(sender, "app", None) is self.app:
-                log_setup.apply()
-                log.started(warnings.sentences())
-                if tracing.words:
-                    logger.info("failures are told to %s too", tracing.words)
-                tracing.ready()
-                warnings.look_at_key_store()
-                metrics.ready()
-                if has_circuits(installation):
-                    installation.circuits.start_reading()
+                call_each(
+                    log_setup.apply,
+                    lambda: log.started(warnings.sentences()),
+                    tell_of_tracing,
+                    tracing.ready,
+                    warnings.look_at_key_store,
+                    metrics.ready,
+                    start_circuits,
+                )
+
+        def tell_of_tracing() -> None:
+            if tracing.words:
+                logger.info("failures are told to %s too", tracing.words)
+
+        def start_circuits() -> None:
+            if has_circuits(installation):
+                installation.circuits.start_reading()
 
         def on_shutting_down(sender: Any = None, sig: str = "", **_: Any) -> None:
             if sender == hostname:
@@ -448,6 +456,15 @@ class WorkerSetup:
                 if getattr(base, "deliveries", None) is not self.deliveries:
                     ours: Any = build_request_class(base, self.deliveries)
                     task.Request = ours
+
+
+def call_each(*calls: Callable[[], object]) -> None:
+    """Call each; one that raises is logged, and keeps none after it from being called."""
+    for call in calls:
+        try:
+            call()
+        except Exception:
+            logger.exception("a part of the worker's start failed; the rest goes on")
 
 
 def attach_log(installation: Installation, pool: Any) -> LogSetup:

@@ -67,10 +67,18 @@ def tell(
     sentence: str,
     log_format: str | None,
 ) -> None:
-    """Write one record, with its facts as attributes."""
-    extra = {ATTRIBUTES.get(name, name): value for name, value in facts.items()}
+    """Write one record, with its facts as attributes; those that it has stay."""
+    if not logger.isEnabledFor(level):
+        return
     told = Told(facts, sentence, WRITERS[log_format])
-    logger.log(level, "%s", told, extra=extra)
+    path, line, function, _ = logger.findCaller()
+    record = logger.makeRecord(
+        logger.name, level, path, line, "%s", (told,), None, function
+    )
+    # With `extra`, `logging` would raise for what an app's record factory has set.
+    for name, value in facts.items():
+        vars(record).setdefault(ATTRIBUTES.get(name, name), value)
+    logger.handle(record)
 
 
 def as_json(facts: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,3 +76,43 @@ def test_a_refusal_has_no_traceback(
         step(None)
 
     assert records == []
+
+
+#: In a process of its own, for a worker's setup is seen in all of one.
+READY = """
+from types import SimpleNamespace
+from celery import Celery, signals
+from celery_resilience import Resilience
+from celery_resilience.install import installation_of
+from celery_resilience.telemetry.bootstep import WorkerMetrics
+from celery_resilience.telemetry.log_worker import WorkerLog
+from celery_resilience.worker import WorkerSetup
+
+app = Celery("shop", broker="memory://", set_as_current=False)
+Resilience(app)
+class Worker(SimpleNamespace):
+    __hash__ = object.__hash__
+worker = Worker(hostname="w@h", app=app, pool_cls="solo", _process_task=None)
+worker.consumer_cls = "celery.worker.consumer:Consumer"
+def raises(*_):
+    raise KeyError("Attempt to overwrite 'trace_id' in LogRecord")
+WorkerLog.started = raises
+WorkerMetrics.ready = lambda self: print("metrics are ready")
+WorkerSetup(installation_of(app), worker).apply()
+signals.worker_ready.send(worker)
+"""
+
+
+def test_a_part_of_the_start_that_fails_stops_no_other() -> None:
+    """The metrics begin though the log's first line was not written; it is logged."""
+    ran = subprocess.run(
+        [sys.executable, "-c", READY],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ran.stdout == "metrics are ready\n", ran.stderr
+    assert "a part of the worker's start failed" in ran.stderr
+    assert "Attempt to overwrite 'trace_id'" in ran.stderr

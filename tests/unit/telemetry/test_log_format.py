@@ -8,12 +8,14 @@ import sys
 from typing import Any
 
 import pytest
+from unit.log_records import recorded
 
 from celery_resilience.telemetry.log_format import (
     LineFormatter,
     Told,
     as_json,
     as_logfmt,
+    tell,
 )
 
 
@@ -121,3 +123,36 @@ def test_a_line_of_logfmt_has_the_same_facts() -> None:
     assert text.endswith(" a_b=1")
     assert as_logfmt({"a": None}) == ""
     assert as_logfmt({"a": "1\n2", "b": "1\t2"}) == 'a="1\\n2" b="1\\t2"'
+
+
+def test_an_apps_record_factory_loses_no_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it has set stays; `logging` would refuse to overwrite it."""
+    plain = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **words: Any) -> logging.LogRecord:
+        record = plain(*args, **words)
+        vars(record).update(trace_id="app's", worker="app's")
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", factory)
+    logger = logging.getLogger("celery_resilience.failed")
+    facts = {"event": "task_failed", "trace_id": "ours", "worker": "w@h", "pid": 7}
+    with recorded(logger.name) as records:
+        tell(logger, logging.ERROR, facts, "it failed", "json")
+
+    (record,) = records
+    found = vars(record)
+    assert json.loads(record.getMessage()) == facts
+    assert (found["trace_id"], found["worker"], found["pid"]) == ("app's", "app's", 7)
+    assert (found["event_name"], record.funcName) == ("task_failed", "tell")
+
+
+def test_a_logger_that_is_off_makes_no_record() -> None:
+    """Whoever asks."""
+    logger = logging.getLogger("celery_resilience.failed")
+    with recorded(logger.name, logging.CRITICAL) as records:
+        tell(logger, logging.ERROR, {}, "it failed", None)
+
+    assert records == []
