@@ -139,10 +139,16 @@ class WorkerMetrics:
         for probe in probes.all:
             start_deaf(partial(probe.run, self._has_ended), f"probe-{probe.name}")
         if OTEL_SDK in sys.modules:
+            self._show_to_opentelemetry()
+        start_deaf(self._tick, "metrics")
+
+    def _show_to_opentelemetry(self) -> None:
+        try:
             from celery_resilience.telemetry.opentelemetry_metrics import attach
 
-            attach(metrics)
-        start_deaf(self._tick, "metrics")
+            attach(self.metrics)
+        except Exception:
+            logger.exception("OpenTelemetry is not told the metrics")
 
     def ended(self) -> None:
         """The worker has ended."""

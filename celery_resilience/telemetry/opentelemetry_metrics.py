@@ -74,12 +74,7 @@ class Exported:
                 name, [self._asked(instrument, _numbers)], unit, instrument.help
             )
         elif instrument in i.ALL:
-            self._histograms[name] = meter.create_histogram(
-                name,
-                unit,
-                instrument.help,
-                explicit_bucket_boundaries_advisory=list(instrument.bounds),
-            )
+            self._histograms[name] = self._histogram(instrument)
         else:
             # Children have put the values into buckets, which no instrument takes.
             for end, read in (("count", _counts), ("sum", _sums)):
@@ -89,6 +84,16 @@ class Exported:
                     "",
                     instrument.help,
                 )
+
+    def _histogram(self, instrument: Instrument) -> Any:
+        words = (instrument.name, instrument.unit, instrument.help)
+        try:
+            return self._meter.create_histogram(
+                *words, explicit_bucket_boundaries_advisory=list(instrument.bounds)
+            )
+        except TypeError:
+            # Releases such as 1.29 take no buckets: they are the SDK's own.
+            return self._meter.create_histogram(*words)
 
     def _hear(self, instrument: Instrument, labels: Labels, value: float) -> None:
         named = dict(zip(instrument.labels, labels, strict=True))

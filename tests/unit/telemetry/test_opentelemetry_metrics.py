@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
 from opentelemetry import metrics as otel
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import Meter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from celery_resilience.events import emit
 from celery_resilience.outcome import COUNTED, ENDED, Ended, Outcome
+from celery_resilience.telemetry import bootstep
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry import opentelemetry_metrics as module
 from celery_resilience.telemetry.business import RunCounts
@@ -138,3 +141,45 @@ def test_without_a_provider_nothing_is_done(metrics: Metrics) -> None:
     """The API alone has nothing behind it."""
     assert module.attach(metrics) is False
     assert metrics.hears is None
+
+
+def test_a_meter_that_takes_no_buckets_is_used_without(
+    metrics: Metrics, reader: InMemoryMetricReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of 1.29: its histograms have the SDK's own."""
+    create = Meter.create_histogram
+
+    def older(self: Any, name: str, unit: str = "", description: str = "") -> Any:
+        return create(self, name, unit, description)
+
+    monkeypatch.setattr(Meter, "create_histogram", older)
+    module.attach(metrics)
+    settle(2)
+    metrics.tick()
+
+    assert exported(reader)[i.RUN.name][0]["count"] == 2
+
+
+def test_an_adapter_that_fails_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker goes on, and counts for who else reads."""
+
+    def attach(metrics: Metrics) -> bool:
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(module, "attach", attach)
+    started: list[str] = []
+    monkeypatch.setattr(bootstep, "start_deaf", lambda run, name: started.append(name))
+    worker = bootstep.WorkerMetrics(
+        Celery("shop", broker="memory://", set_as_current=False),
+        SimpleNamespace(pool=None),
+        address=None,
+        tasks=["ship"],
+        questions=bootstep.Questions(None, (), None, lambda pid: None),
+    )
+
+    worker.ready()
+
+    assert started == ["probe-queues", "metrics"]
+    assert "OpenTelemetry is not told the metrics" in caplog.text
