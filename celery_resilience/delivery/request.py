@@ -28,6 +28,7 @@ from celery_resilience.delivery.settlement import (
     failure_of_run,
     plain_failure,
     reason_of_retry,
+    shown_reason,
 )
 from celery_resilience.delivery.settling import SettlingRequest
 from celery_resilience.errors import (
@@ -114,7 +115,8 @@ class ResilientRequest(SettlingRequest):
                 **({RETRY_WAIT: None} if PAID_FACT in facts else {}),
             }
             marks.update(getattr(exc, "marks", {}))
-            self._send_again(Outcome.SNOOZED, exc.reason, exc.countdown_s, marks)
+            reason = shown_reason(self, exc.reason) if is_own else exc.reason
+            self._send_again(Outcome.SNOOZED, reason, exc.countdown_s, marks)
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, SendAgain):
             snoozed = isinstance(exc, AskAgain)
@@ -209,6 +211,7 @@ class ResilientRequest(SettlingRequest):
         """The body returned."""
         facts = self._take_facts()
         if facts.get("skipped") is not None:
+            facts["skipped"] = shown_reason(self, facts["skipped"])
             self._settle(Outcome.SKIPPED, facts["skipped"], facts=facts)
         else:
             self._settle(Outcome.SUCCEEDED, facts=facts)

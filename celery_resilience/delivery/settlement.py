@@ -24,11 +24,15 @@ from celery_resilience.message import HEADER, SENT_AT, id_text, is_time
 from celery_resilience.outcome import Ended, Outcome, Settlement
 from celery_resilience.redaction import (
     ShownArguments,
+    cut,
     mask,
     safe_text,
     show_arguments,
 )
 from celery_resilience.trace_ids import traceparent_of
+
+#: Of what a body says when it skips or snoozes.
+MAX_REASON_CHARS = 500
 
 
 def settlement_of(
@@ -167,6 +171,15 @@ def reason_of_retry(
     error = mask(safe_text(why, MAX_MESSAGE_CHARS), secrets)
     kind = _celery.wrapped_type(why) or type_name(type(why))
     return kind, None, {"delay_s": exc.when, "error": error}
+
+
+def shown_reason(request: Any, reason: Any) -> str:
+    """The words of a body, cut, and without what its arguments hide."""
+    if not reason:
+        return ""
+    secrets = _shown_arguments(request).secrets
+    # Masked first: half a secret would be shown.
+    return cut(mask(safe_text(reason, MAX_MESSAGE_CHARS), secrets), MAX_REASON_CHARS)
 
 
 def plain_failure(exception: str, message: str, task: str) -> Failure:

@@ -446,6 +446,41 @@ def test_the_childs_skip_is_a_skip(late: Worker) -> None:
     ]
 
 
+LONG_REASON = f"{'x' * 490} card 4111-1111 {'y' * 100_000}"
+
+
+def heard_reason(outcome: Outcome, end: Callable[[], None]) -> str:
+    """What is told of a delivery that ends."""
+    heard: list[Settlement] = []
+    stop = observe(EVENTS[outcome], lambda settlement: heard.append(settlement))
+    end()
+    stop()
+    (settlement,) = heard
+    assert settlement.reason is not None
+    assert "4111" not in repr(settlement)
+    return settlement.reason
+
+
+@pytest.mark.parametrize("how", ["skip", "snooze"])
+def test_a_bodys_reason_is_masked_and_cut(late: Worker, how: str) -> None:
+    """It may quote an argument that is hidden, and be of any length."""
+
+    def reason(words: str) -> str:
+        request = late.deliver()
+        if how == "skip":
+            late.facts.send(request.id, {"skipped": words})
+            return heard_reason(Outcome.SKIPPED, request.succeeded)
+        failed = failed_with(Snooze(30, words))
+        return heard_reason(
+            Outcome.SNOOZED, lambda: request.on_failure(failed, return_ok=True)
+        )
+
+    assert reason("card 4111-1111 is busy") == "card *** is busy"
+    shown = reason(LONG_REASON)
+    assert shown.startswith(f"{'x' * 490} card ***")
+    assert len(shown) < 600
+
+
 def test_an_ordinary_success_asks_nobody(late: Worker) -> None:
     """No envelope, no report, no settlement that nobody hears."""
     late.deliver().succeeded()
