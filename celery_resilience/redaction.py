@@ -41,6 +41,9 @@ MAX_ITEMS = 20
 #: Values of one call that are looked at; their text is cut far below.
 MAX_VALUES = 1_000
 
+#: Levels of what is logged as facts.
+MAX_NESTED = 12
+
 #: Keys of one mapping among which secrets are looked for, shown or not.
 MAX_KEYS = 200
 
@@ -171,6 +174,44 @@ def is_hidden(name: str, names: frozenset[str]) -> bool:
         or any(part in plain for part in HIDDEN_PARTS)
         or any(word in HIDDEN_WORDS for word in words.split("_"))
     )
+
+
+def without_secrets(value: Any, names: frozenset[str]) -> Any:
+    """
+    *value* with a mask for each value in it whose key is hidden.
+
+    Mappings, lists and tuples are copied as deep as `MAX_NESTED`, and `MAX_VALUES` of
+    them all; of what is left, "..." stands.
+
+    Args:
+        names: Hidden besides the usual ones, in lower case.
+    """
+    if not isinstance(value, _NESTS):
+        return value
+    left = [MAX_VALUES]
+
+    def copy(value: Any, depth: int) -> Any:
+        left[0] -= 1
+        if depth > MAX_NESTED or left[0] < 0:
+            return "..."
+        if isinstance(value, Mapping):
+            return {
+                key: MASK
+                if isinstance(key, str) and is_hidden(key, names)
+                else copy(inner, depth + 1)
+                for key, inner in islice(value.items(), MAX_VALUES)
+            }
+        if isinstance(value, list | tuple):
+            return [copy(inner, depth + 1) for inner in islice(value, MAX_VALUES)]
+        return value
+
+    try:
+        return copy(value, 0)
+    except Exception as exc:
+        return f"<{type(value).__name__} that raised {type(exc).__name__}>"
+
+
+_NESTS = (Mapping, list, tuple)
 
 
 class _Look:

@@ -13,7 +13,13 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from celery_resilience.redaction import MASK, is_hidden, printable, safe_text
+from celery_resilience.redaction import (
+    MASK,
+    is_hidden,
+    printable,
+    safe_text,
+    without_secrets,
+)
 
 #: What every record has, and what `Formatter` adds.
 _OF_EVERY_RECORD = frozenset(
@@ -161,7 +167,9 @@ class LineFormatter(logging.Formatter):
             for name, value in vars(record).items():
                 if name not in _OF_EVERY_RECORD and name not in facts:
                     is_secret = is_hidden(name, self._hidden)
-                    facts[name] = MASK if is_secret else value
+                    facts[name] = (
+                        MASK if is_secret else without_secrets(value, self._hidden)
+                    )
         traceback = record.exc_text
         if record.exc_info and not traceback:
             traceback = self.formatException(record.exc_info)

@@ -89,6 +89,53 @@ def test_a_hidden_name_is_masked() -> None:
     assert "hunter2" not in json.dumps(shown)
 
 
+@pytest.mark.parametrize("log_format", ["json", "logfmt"])
+def test_a_hidden_name_is_masked_wherever_it_is_nested(log_format: str) -> None:
+    """In mappings and lists that an app gives as facts; the rest stays as it is."""
+    payload = {
+        "user": 7,
+        "password": "hunter2",
+        "cards": [{"Pin": "hunter2", "bank": "b"}, ({"token": "hunter2"},)],
+        1: {"api_key": {"a": "hunter2"}},
+    }
+    record = a_record("x", payload=payload)
+
+    text = LineFormatter(log_format, hidden={"pin"}).format(record)
+
+    assert "hunter2" not in text
+    assert text.count("***") == 4
+    assert payload["password"] == "hunter2"
+    if log_format == "json":
+        shown = json.loads(text)["payload"]
+        assert shown["user"] == 7
+        assert shown["cards"] == [{"Pin": "***", "bank": "b"}, [{"token": "***"}]]
+
+
+class Broken(dict[str, Any]):
+    """Raises when it is looked through."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+
+def test_a_nested_value_is_looked_through_within_bounds() -> None:
+    """Of one within itself, or that is huge, or broken, no line is lost."""
+    itself: dict[str, Any] = {"password": "hunter2"}
+    itself["again"] = [itself, itself]
+
+    shown = json.dumps(
+        [
+            line(a_record("x", thing=itself)),
+            line(a_record("x", thing=list(range(100_000)))),
+            line(a_record("x", thing=Broken(password="hunter2"))),
+        ]
+    )
+
+    assert "hunter2" not in shown
+    assert "Broken that raised RuntimeError" in shown
+    assert len(shown) < 100_000
+
+
 class Unwritable:
     """Raises when it is asked for its text."""
 
