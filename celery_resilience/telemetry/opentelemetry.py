@@ -69,6 +69,7 @@ class Spans:
         self._is_ending = is_ending
         self._clock = clock
         self._has_flushed = False
+        self._has_told = False
         self._stops: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -94,12 +95,25 @@ class Spans:
 
     def before(self, task: Any, request: Any) -> None:
         """The body starts: link the span of a message that left its trace to it."""
-        if HEADER in vars(request):
-            traceparent = marks_of(vars(request)).get("trace")
-            if traceparent is not None:
-                span = self._api.get_current_span()
-                span.add_link(self._context_of(traceparent))
-                bind_trace_id(request, f"{span.get_span_context().trace_id:032x}")
+        if HEADER not in vars(request):
+            return
+        try:
+            self._link(request)
+        except Exception:
+            # The run goes on, and a library may do so for each.
+            if not self._has_told:
+                self._has_told = True
+                logger.exception("a span has no link to where its message came from")
+
+    def _link(self, request: Any) -> None:
+        traceparent = marks_of(vars(request)).get("trace")
+        if traceparent is None:
+            return
+        span = self._api.get_current_span()
+        context = span.get_span_context()
+        if context.is_valid:
+            span.add_link(self._context_of(traceparent))
+            bind_trace_id(request, f"{context.trace_id:032x}")
 
     def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
         """The body ended: a span says whether it was cut off with its process."""

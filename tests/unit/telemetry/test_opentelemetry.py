@@ -19,6 +19,7 @@ from celery_resilience import Resilience, ResilientTask
 from celery_resilience.failure import Failure
 from celery_resilience.message import HEADER
 from celery_resilience.outcome import Outcome, Reason, Settlement
+from celery_resilience.telemetry.binding import TRACE
 from celery_resilience.telemetry.opentelemetry import Spans, publish_failed
 from celery_resilience.telemetry.opentelemetry_instrumentor import open_publishes
 from celery_resilience.telemetry.signals import hear_in_place_of_instrumentor
@@ -229,6 +230,40 @@ def test_a_replays_span_is_linked_to_the_old_trace(
         (link,) = span.links
         assert f"{link.context.trace_id:032x}" == "a" * 32
         assert span.parent is None
+
+
+def test_a_replay_without_a_span_keeps_the_trace_of_its_message(
+    provider: TracerProvider,
+) -> None:
+    """The one that is active has no trace: 32 zeros are none."""
+    spans = Spans(Api(provider), **ALIVE)
+    without, within = a_request(trace=PARENT), a_request(trace=PARENT)
+
+    spans.before(a_task(), without)
+    with provider.get_tracer("t").start_as_current_span("run/ship") as span:
+        spans.before(a_task(), within)
+
+    assert TRACE not in vars(without)
+    assert vars(within)[TRACE] == f"{span.get_span_context().trace_id:032x}"
+
+
+def test_a_link_that_fails_fails_no_run(
+    provider: TracerProvider, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An older release's span takes none, for example; it is told once."""
+
+    class Older(Api):
+        def get_current_span(self) -> Any:
+            context = SimpleNamespace(is_valid=True, trace_id=1)
+            return SimpleNamespace(get_span_context=lambda: context)
+
+    spans = Spans(Older(provider), **ALIVE)
+
+    for _ in range(2):
+        spans.before(a_task(), a_request(trace=PARENT))
+
+    assert caplog.text.count("a span has no link") == 1
+    assert "add_link" in caplog.text
 
 
 def test_the_instrumentors_receivers_give_way_for_our_tasks(
