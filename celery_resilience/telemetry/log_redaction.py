@@ -81,7 +81,9 @@ class CeleryRecords(logging.Filter):
         )
         if not is_ours_too or (here := running()) is None:
             return False
-        return self._is_ours(here[0]) and self._tells()
+        task, request = here
+        # What is applied eagerly is no delivery, of which we would tell.
+        return not request.is_eager and self._is_ours(task) and self._tells()
 
     def _take_secrets_out(self, record: logging.LogRecord) -> None:
         """Mask what the running task's hidden arguments hold, wherever it is quoted."""

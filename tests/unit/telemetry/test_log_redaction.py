@@ -52,7 +52,9 @@ def records() -> Iterator[list[logging.LogRecord]]:
         yield found
 
 
-def run(body: Any, *args: Any, is_ours: bool = True, **kwargs: Any) -> None:
+def run(
+    body: Any, *args: Any, is_ours: bool = True, is_eager: bool = False, **kwargs: Any
+) -> None:
     """Let Celery's tracer run a body as a worker does."""
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.task_ignore_result = True
@@ -63,6 +65,7 @@ def run(body: Any, *args: Any, is_ours: bool = True, **kwargs: Any) -> None:
     app.task(base=base, name="pay", bind=True, shared=False)(body)
     app.finalize()
     request = {"id": "task-1", "task": "pay", "delivery_info": {}, "hostname": "h"}
+    request["is_eager"] = is_eager
     tracer = trace.build_tracer("pay", app.tasks["pay"], app=app)
     tracer("task-1", args, kwargs, request)
 
@@ -160,6 +163,16 @@ def test_what_our_line_tells_is_not_told_twice(
     filtered["tells"] = False
     run(body)
     assert len(records) == 2
+
+
+@pytest.mark.parametrize("body", [retrying, ignoring])
+def test_celerys_line_of_what_is_applied_eagerly_stays(
+    records: list[logging.LogRecord], body: Any
+) -> None:
+    """It is no delivery, and no line of ours tells of it."""
+    run(body, is_eager=True)
+
+    assert len(records) == 1
 
 
 @pytest.mark.parametrize("message", list(quoting_lines()))
