@@ -74,6 +74,8 @@ class FailureLog:
             observe(EVENTS[Outcome.FAILED], self.failed),
             *(observe(EVENTS[outcome], self.ended) for outcome in TOLD),
             observe("lifecycle.stopped", self.stopped),
+            # With what never ends, it does not stop.
+            observe("lifecycle.exiting", self.stopped),
         ]
 
     def failed(self, settlement: Settlement) -> None:

@@ -533,12 +533,16 @@ def test_a_second_log_takes_the_place_of_the_first(
     ]
 
 
-def test_the_end_of_a_worker_sums_up(records: list[logging.LogRecord]) -> None:
-    """Whatever it ends with."""
+@pytest.mark.parametrize("ends", [["stopped"], ["exiting"], ["stopped", "exiting"]])
+def test_the_end_of_a_worker_sums_up(
+    records: list[logging.LogRecord], ends: list[str]
+) -> None:
+    """Once, whatever it ends with; also where what is stuck has to be cut off."""
     failure_log(None, storm_limit=1).attach()
     for _ in range(3):
         emit(EVENTS[Outcome.FAILED], settlement=settlement())
 
-    emit("lifecycle.stopped", code=0)
+    for end in ends:
+        emit(f"lifecycle.{end}", code=0)
 
     assert told_and_summed(records) == (1, 2)
