@@ -90,10 +90,22 @@ def tell(
 def as_json(facts: Mapping[str, Any]) -> str:
     """One line of JSON, in ASCII."""
     try:
-        return json.dumps(facts, default=safe_text)
+        return _dumps(facts)
     except (TypeError, ValueError, RecursionError):
-        # Keys that are no texts, or a value within itself.
-        return json.dumps({str(name): safe_text(facts[name]) for name in facts})
+        # Keys that are no texts, a value within itself, or a number that is none.
+        return _dumps({str(name): _json_value(it) for name, it in facts.items()})
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, default=safe_text, allow_nan=False)
+
+
+def _json_value(value: Any) -> Any:
+    try:
+        _dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return safe_text(value)
+    return value
 
 
 def as_logfmt(facts: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from typing import Any
 
@@ -152,11 +153,31 @@ def test_a_value_that_is_no_json_is_written_as_text(value: Any) -> None:
 
 
 def test_a_value_within_itself_is_written_as_text() -> None:
-    """So is the rest of its line."""
+    """The rest of its line stays as it is."""
     value: list[Any] = []
     value.append(value)
 
-    assert json.loads(as_json({"a": value, "b": 1})) == {"a": "[[...]]", "b": "1"}
+    assert json.loads(as_json({"a": value, "b": 1})) == {"a": "[[...]]", "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        ([math.nan], "[nan]"),
+        ({math.inf: 1}, "{inf: 1}"),
+    ],
+)
+def test_a_number_that_is_none_is_written_as_text(value: Any, text: str) -> None:
+    """NaN is no JSON: a log's reader would drop the line."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = as_json({"a": value, "b": 1.5})
+
+    assert json.loads(written, parse_constant=refuse) == {"a": text, "b": 1.5}
 
 
 def test_a_line_of_logfmt_has_the_same_facts() -> None:
