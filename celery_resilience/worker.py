@@ -787,7 +787,9 @@ class ResilienceStep(bootsteps.Step):
         if self.refusal is not None:
             if self.unexpected is not None:
                 # Before this step a worker has no log.
-                logger.error("%s", self.refusal, exc_info=self.unexpected)
+                logger.error(
+                    "celery-resilience: %s", self.refusal, exc_info=self.unexpected
+                )
             if click.get_current_context(silent=True) is not None:
                 raise SystemExit(f"celery-resilience: {self.refusal}")
             raise self.refusal
