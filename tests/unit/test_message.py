@@ -397,7 +397,9 @@ def test_a_trace_that_is_none_is_no_mark() -> None:
     assert message.in_new_trace() is message
 
 
-@pytest.mark.parametrize("time_s", [10**400, 1e300, float("nan"), float("inf"), -1.0, True])
+@pytest.mark.parametrize(
+    "time_s", [10**400, 1e300, float("nan"), float("inf"), -1.0, True]
+)
 @pytest.mark.parametrize("name", ["sent_at", "waits_since", "crashed_at"])
 def test_a_time_of_which_no_date_can_be_made_is_no_mark(name: str, time_s: Any) -> None:
     """Whoever wrote it: JSON has whole numbers of any length."""

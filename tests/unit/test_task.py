@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.app.task import Context
-from unit.specimens import fresh_name, replay_mark
+from celery.exceptions import Retry, SoftTimeLimitExceeded
+from unit.specimens import fresh_name, headers_with, replay_mark
 
-from celery_resilience import ConfigurationError, ResilientTask, Skip, soft_limit
+from celery_resilience import (
+    ConfigurationError,
+    ResilientTask,
+    Skip,
+    Snooze,
+    soft_limit,
+)
 from celery_resilience.message import HEADER
 from celery_resilience.soft_limit import soft_limit_deferred
 
@@ -333,3 +340,88 @@ def test_a_permit_is_given_back_where_a_soft_limit_came_with_it(
         task._run_guarded(None, None, (), {})
 
     assert turnstile.left == [("permit", raised.value)]
+
+
+class Facts:
+    """Notes what a child tells."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def send(self, task_id: str, facts: dict[str, Any]) -> None:
+        """Note it."""
+        self.sent.append(facts)
+
+
+class Late:
+    """Our own code at one place behind a body, within which a soft limit passes."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def before(self, task: Any, request: Any) -> None:
+        """Nothing."""
+
+    def after(self, task: Any, request: Any, exc: BaseException | None) -> None:
+        """A room looks."""
+        self.pass_at("room")
+
+    def enter(self) -> str:
+        """The circuit lets it through."""
+        return "permit"
+
+    def leave(self, permit: Any, exc: BaseException | None, task: Any) -> None:
+        """The circuit is told."""
+        self.pass_at("circuit")
+
+    def pass_at(self, place: str) -> None:
+        """The soft limit passes, if it is to pass here."""
+        if place == self.place:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("ending", [Retry, Snooze, ValueError, None])
+@pytest.mark.parametrize("place", ["room", "circuit", "past"])
+def test_a_soft_limit_hides_no_retry_that_was_sent(
+    monkeypatch: pytest.MonkeyPatch, place: str, ending: type[Exception] | None
+) -> None:
+    """It runs in any case; whatever else the run came to, the limit fails it."""
+    app = Celery("shop", set_as_current=False)
+    name = fresh_name("late")
+
+    @app.task(base=ResilientTask, name=name, shared=False)
+    def late() -> None:
+        if ending is Snooze:
+            raise Snooze(1)
+        if ending is not None:
+            raise ending
+
+    def pass_limit(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    task: Any = app.tasks[name]
+    room, facts = Late(place), Facts()
+    monkeypatch.setattr(type(task), "_circuit", room)
+    monkeypatch.setattr(
+        task._installation,
+        "child",
+        SimpleNamespace(
+            facts=facts, around=(room,), give_way=None, is_ending=lambda exc: False
+        ),
+    )
+    monkeypatch.setattr(
+        type(task), "_before_body", lambda *_: lambda: room.pass_at("past")
+    )
+    request = Context(headers_with({"crashes": 1}), called_directly=False, retries=0)
+    task.request_stack.push(request)
+    expected = Retry if ending is Retry else SoftTimeLimitExceeded
+    with (
+        soft_limit_handler(pass_limit, waits=True),
+        pytest.raises(expected) as raised,
+    ):
+        task()
+    task.request_stack.pop()
+
+    assert not isinstance(raised.value, Snooze)
+    if ending is Retry:
+        assert facts.sent == []

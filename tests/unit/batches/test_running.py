@@ -10,9 +10,17 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain
+from celery.exceptions import Ignore, Reject, Retry
 
 import celery_resilience
-from celery_resilience import ConfigurationError, ResilientTask, Snooze, events
+from celery_resilience import (
+    CircuitOpen,
+    ConfigurationError,
+    ResilientTask,
+    Skip,
+    Snooze,
+    events,
+)
 from celery_resilience._celery import message_of
 from celery_resilience.batches.options import BatchOptions
 from celery_resilience.batches.task import BATCHES, Streams
@@ -233,6 +241,50 @@ def test_what_ended_is_told_when_the_task_ends(shop: Shop) -> None:
         {"batch": "rows", "outcome": "ok"},
     )
     assert list(vars(request)[BATCHES]) == ["rows"]
+
+
+@pytest.mark.parametrize(
+    ("exc", "goes_on"),
+    [
+        (Skip("done"), False),
+        (Ignore(), False),
+        (Reject("no"), False),
+        (CircuitOpen(), False),
+        (ValueError(), False),
+        (Reject("later", requeue=True), True),
+        (Retry(), True),
+    ],
+    ids=repr,
+)
+def test_a_batch_is_told_where_no_other_run_goes_on(
+    shop: Shop, exc: Exception, goes_on: bool
+) -> None:
+    """However the task ended."""
+    request = shop.request()
+    with shop.streams.batch(request, name="rows") as made:
+        list(made.items(range(3)))
+
+    shop.streams.after(shop.task, request, exc)
+
+    assert (RUN_FACTS not in vars(request)) == goes_on
+
+
+def test_a_hidden_label_fails_no_task(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it did is committed; its items are not counted."""
+
+    def refuse(*_: object, **labels: object) -> None:
+        raise ConfigurationError("batch is hidden by resilience_redact")
+
+    shop.streams._count = refuse
+    request = shop.request()
+    with shop.streams.batch(request, name="rows") as made:
+        list(made.items(range(3)))
+
+    shop.streams.after(shop.task, request, None)
+
+    assert "batch is hidden by resilience_redact" in caplog.text
 
 
 @pytest.mark.parametrize("function", [RunView.batch, celery_resilience.batch])

@@ -553,6 +553,19 @@ def test_a_snooze_is_sent_again_before_the_ack(late: Worker) -> None:
     assert late.acks == ["ack"]
 
 
+def test_a_snooze_of_a_run_that_a_budget_has_paid_for_pays_no_more(
+    late: Worker,
+) -> None:
+    """Whatever the snooze is for: the mark by which the next run would pay is gone."""
+    request = late.deliver(resilience={"retry_wait": {"budget": "bank"}})
+    late.facts.send(request.id, {"budget_paid": True})
+
+    request.on_failure(failed_with(Snooze(30)), return_ok=True)
+
+    (copy,) = late.broker.taken
+    assert "retry_wait" not in copy.marks
+
+
 def test_a_lost_child_of_a_late_acked_task_runs_again(late: Worker) -> None:
     """Sent again with its count, before the ack; no failure is kept."""
     request = late.deliver()

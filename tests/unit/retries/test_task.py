@@ -31,9 +31,11 @@ from celery_resilience.errors import (
 )
 from celery_resilience.failed.record import tried_again
 from celery_resilience.message import HEADER, KEY
+from celery_resilience.outcome import PAID_FACT
 from celery_resilience.retries.budgets import Budgets
 from celery_resilience.retries.options import BudgetOptions
 from celery_resilience.retries.task import TaskRules
+from celery_resilience.run_view import RUN_FACTS
 from celery_resilience.task import EXHAUSTED
 
 MAX_WAIT_S = 30.0
@@ -349,6 +351,7 @@ def test_a_retry_takes_from_its_budget_before_it_runs(runner: Runner) -> None:
     runner.budget.says = (True, 0.0)
     runner.run(task, 1, **mark)
     assert ran == [1]
+    assert vars(runner.request)[RUN_FACTS] == {PAID_FACT: True}
     assert runner.budget.firsts == []
 
 
@@ -359,6 +362,7 @@ def test_first_attempts_add_to_the_budgets_of_their_rules(runner: Runner) -> Non
     task = runner.task(lambda: 1, *rules, again)
     runner.run(task)
     runner.run(task, 1)
+    runner.run(task, sent="snoozed once", snoozes=1)
     runner.run(runner.task(lambda: 1, On(OSError)))
 
     assert runner.budget.firsts == ["bank", "mail"]
