@@ -653,7 +653,10 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     setup: WorkerSetup | None = None
     try:
         if not installation.settings.enabled:
-            give_back_shelved(installation)
+            try:
+                give_back_shelved(installation)
+            except Exception:
+                logger.exception("snoozed messages stay in the store")
             return
         setup = WorkerSetup(installation, worker)
         setup.check()
@@ -683,10 +686,8 @@ def give_back_shelved(installation: Installation) -> None:
     Other workers had put it there before celery-resilience was switched off.
     """
     url = installation.store_choice.url
-    if url is None:
-        return
-    path = sqlite_path(url)
-    if path is not None and not path.is_file():
+    path = None if url is None else sqlite_path(url)
+    if url is None or (path is not None and not path.is_file()):
         return
     app = installation.app
     shelf = Shelf(installation.shelf_store, Publisher(app), is_last=True)

@@ -22,7 +22,8 @@ def with_failures(fleet: Fleet, count: int = COUNT) -> list[str]:
     """Fail some tasks, and stop the worker; nothing is collected yet."""
     worker = fleet.worker()
     ids = [fleet.send("boom").id for _ in range(count)]
-    eventually(lambda: worker.text.count("task failed: boom") == count, within_s=60)
+    # A storm is summed up in the log, and not told one by one.
+    eventually(lambda: sum(map(fleet.runs, ids)) == count, within_s=60)
     assert worker.stop() == 0
     return ids
 
@@ -30,7 +31,6 @@ def with_failures(fleet: Fleet, count: int = COUNT) -> list[str]:
 @pytest.mark.parametrize(
     ("broker", "store"),
     [
-        ("redis", "sqlite"),
         ("rabbitmq", "sqlite"),
         ("filesystem", "sqlite"),
         ("redis", "mariadb"),
