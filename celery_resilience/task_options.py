@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from celery_resilience.finite import is_finite
@@ -88,17 +89,21 @@ def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     Args:
         known: The names that its base classes have.
     """
+    return [
+        f"unknown option {name}, did you mean {meant}?"
+        for name in vars(task)
+        if name not in known and (meant := _meant_by(name)) is not None
+    ]
+
+
+@lru_cache(maxsize=1_000)  # the tasks of an app have the same few
+def _meant_by(name: str) -> str | None:
+    """The option of ours that *name* is a mistake for."""
     ours = [*TaskOptions.__annotations__]
-    found = []
-    for name in vars(task):
-        if name not in known:
-            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
-            found += [
-                f"unknown option {name}, did you mean {meant}?"
-                for meant in near
-                if not _is_of_one_word(name, meant)
-            ]
-    return found
+    for meant in difflib.get_close_matches(name, ours, n=1, cutoff=0.85):
+        if not _is_of_one_word(name, meant):
+            return meant
+    return None
 
 
 def nearly_options(names: Iterable[str]) -> list[tuple[str, str]]:
