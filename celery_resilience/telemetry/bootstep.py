@@ -157,8 +157,13 @@ class WorkerMetrics:
     def _queues_of(self, task: str) -> Iterable[str]:
         """Where a task is expected, of the queues that are consumed."""
         try:
-            queue = self._app.amqp.router.route({}, task)["queue"]
-            name = str(getattr(queue, "name", queue))
+            # Not `route`, which makes a queue that is not known: before Celery 5.7 a
+            # worker without -Q consumes that too (``app/amqp.py:187``, Celery 5.6).
+            found = self._app.amqp.router.lookup_route(task, (), {}, {}, None)
+            if not isinstance(found, str):
+                default = self._app.conf.task_default_queue
+                found = {"queue": default, **(found or {})}["queue"]
+            name = str(getattr(found, "name", found))
         except Exception as exc:
             logger.debug("nobody knows the queue of %s: %s", task, exc)
             name = ""

@@ -1,0 +1,57 @@
+"""What a worker's metrics ask of the app and its queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_resilience.telemetry.bootstep import Questions, WorkerMetrics
+
+
+@pytest.fixture
+def app() -> Celery:
+    """Consumes a and b; other queues are made when they are asked for."""
+    app = Celery("unit", broker="memory://", set_as_current=False)
+    app.conf.update(
+        task_default_queue="a",
+        task_routes=[
+            {
+                "foreign": "elsewhere",
+                "routed": {"queue": "b"},
+                "keyed": {"priority": 1},
+            },
+            lambda name, *_, **__: "b" if name == "by hand" else None,
+        ],
+    )
+    for queue in ("a", "b"):
+        app.amqp.queues.add(queue)
+    return app
+
+
+def metrics_of(app: Celery, *, address: Any = ("127.0.0.1", 1)) -> WorkerMetrics:
+    """Of a worker that has not started."""
+    questions = Questions(None, (), None, lambda pid: None)
+    return WorkerMetrics(app, None, address=address, tasks=(), questions=questions)
+
+
+def test_a_look_at_the_routes_makes_no_queue(app: Celery) -> None:
+    """Celery before 5.7 would consume it after the next reconnect."""
+    metrics = metrics_of(app)
+    metrics._queues = {"b": None, "a": None}
+    before = dict(app.amqp.queues)
+
+    found = {
+        task: metrics._queues_of(task)
+        for task in ("foreign", "routed", "by hand", "plain", "keyed")
+    }
+
+    assert dict(app.amqp.queues) == before
+    assert found == {
+        "foreign": ["b"],  # of those that are consumed
+        "routed": ["b"],
+        "by hand": ["b"],
+        "plain": ["a"],
+        "keyed": ["a"],
+    }
