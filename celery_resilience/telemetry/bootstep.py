@@ -13,11 +13,10 @@ from importlib.metadata import version
 from threading import Event
 from typing import Any, ClassVar, Protocol
 
-from celery import bootsteps, current_task
+from celery import bootsteps
 
 from celery_resilience import _celery, _kombu, _pools
 from celery_resilience.draining import is_draining
-from celery_resilience.run_view import COUNTS
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.exits import WhyEnded, exit_reason
 from celery_resilience.telemetry.metrics import Metrics
@@ -102,7 +101,7 @@ class WorkerMetrics:
         if not self.is_read:
             return
         metrics = self.metrics
-        metrics.attach(count_in_run, self._why.attach())
+        metrics.attach(self._why.attach())
         started_at = time.time()
         for instrument, look in (
             (i.ACTIVE, self._active),
@@ -284,19 +283,6 @@ def _oldest_active() -> Iterator[tuple[Labels, float]]:
             oldest[request.name] = max(age_s, oldest.get(request.name, 0.0))
     for task, age_s in oldest.items():
         yield (task,), age_s
-
-
-def count_in_run(event: str) -> None:
-    """Child: let an event go with the facts of the run in which it happens."""
-    task: Any = current_task
-    request = task.request_stack.top if task else None
-    installation = getattr(task, "_installation", None) if task else None
-    if request is None or installation is None or not installation.has_metrics:
-        return
-    said = vars(request)
-    if COUNTS not in said:
-        said[COUNTS] = installation.new_counts()
-    said[COUNTS].event(event)
 
 
 class MetricsStep(bootsteps.StartStopStep):

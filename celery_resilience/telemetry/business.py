@@ -55,13 +55,12 @@ class RunCounts:
         hides: Whether a label of that name would show what is never shown.
     """
 
-    __slots__ = ("_chars", "_counts", "_dropped", "_events", "_hides", "_observed")
+    __slots__ = ("_chars", "_counts", "_dropped", "_hides", "_observed")
 
     def __init__(self, hides: Callable[[str], bool]) -> None:
         self._hides = hides
         self._counts: dict[Key, float] = {}
         self._observed: dict[Key, list[Any]] = {}
-        self._events: dict[str, int] = {}
         self._dropped = 0
         self._chars = 0
 
@@ -97,16 +96,11 @@ class RunCounts:
         bucket = bisect_left(BUSINESS_BOUNDS, value)
         found[1][bucket] = found[1].get(bucket, 0) + 1
 
-    def event(self, name: str) -> None:
-        """Count an event of a room."""
-        self._events[name] = self._events.get(name, 0) + 1
-
     def fact(self) -> list[Any]:
         """All of it, for JSON."""
         return [
             [[*key, amount] for key, amount in self._counts.items()],
             [[*key, sum, [*b.items()]] for key, (sum, b) in self._observed.items()],
-            self._events,
             self._dropped,
         ]
 
