@@ -40,6 +40,9 @@ MAX_BUSINESS = 200
 #: Values of each label of those.
 MAX_BUSINESS_VALUES = 200
 
+#: Sets of labels of each of those.
+MAX_BUSINESS_SERIES = 2_000
+
 #: Tasks, queues and outcomes whose place is remembered.
 MAX_CELLS = 20_000
 
@@ -357,7 +360,9 @@ class Metrics:
         series = self._business.get(family)
         if series is None and len(self._business) < MAX_BUSINESS:
             made = i.business(name, kind, names)
-            series = self._business[family] = Series(made, MAX_BUSINESS_VALUES)
+            series = self._business[family] = Series(
+                made, MAX_BUSINESS_VALUES, MAX_BUSINESS_SERIES
+            )
             self._untold.append(partial(self._tell_new, made))
         if series is not None and series.instrument.is_same(name, kind, names):
             return series

@@ -303,6 +303,22 @@ def test_names_and_values_are_bounded(metrics: Metrics) -> None:
     assert numbers(metrics, i.DROPPED) == {("metrics",): 4}
 
 
+def test_the_product_of_labels_is_bounded(metrics: Metrics) -> None:
+    """Few values of several labels are many series; the sums stay right."""
+    for number in range(module.MAX_BUSINESS_SERIES + 50):
+        run = a_run()
+        labels = {"shop": number % 60, "kind": number // 60}
+        run.count("orders", 1, labels)
+        run.observe("amount_eur", 1, labels)
+        emit(COUNTED, fact=run.fact())
+
+    found = business(metrics)
+    orders, amounts = found["orders"].numbers, found["amount_eur"].histograms
+    assert len(orders) == len(amounts) == module.MAX_BUSINESS_SERIES + 1
+    assert orders[(OTHER, OTHER)] == amounts[(OTHER, OTHER)].count == 50
+    assert orders[("0", "0")] == 1
+
+
 # --- series ------------------------------------------------------------------------------
 
 
