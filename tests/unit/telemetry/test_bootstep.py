@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
 
+from celery_resilience.events import emit
+from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.bootstep import Questions, WorkerMetrics
 
 
@@ -39,7 +42,7 @@ def metrics_of(app: Celery, *, address: Any = ("127.0.0.1", 1)) -> WorkerMetrics
 def test_a_look_at_the_routes_makes_no_queue(app: Celery) -> None:
     """Celery before 5.7 would consume it after the next reconnect."""
     metrics = metrics_of(app)
-    metrics._queues = {"b": None, "a": None}
+    app.amqp.queues.select(["b", "a"])
     before = dict(app.amqp.queues)
 
     found = {
@@ -55,3 +58,20 @@ def test_a_look_at_the_routes_makes_no_queue(app: Celery) -> None:
         "plain": ["a"],
         "keyed": ["a"],
     }
+
+
+def test_queues_are_looked_up_at_each_question(app: Celery) -> None:
+    """One that a circuit has paused at the start is asked for, and one that is added."""
+    app.amqp.queues.select(["a", "b"])
+    metrics = metrics_of(app)
+    metrics._worker = SimpleNamespace(pool=None)
+    metrics.attach()
+    app.amqp.queues.deselect("b")
+    emit("circuits.queue_paused", queue="b")
+
+    (queues, *_) = metrics._probes()
+    assert set(queues.ask()[i.QUEUED]) == {("a",), ("b",)}
+    app.amqp.queues.select_add("c")
+    app.amqp.queues.deselect("a")
+    assert set(queues.ask()[i.QUEUED]) == {("b",), ("c",)}
+    metrics.metrics.detach()
