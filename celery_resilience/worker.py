@@ -324,6 +324,7 @@ class WorkerSetup:
                 tracing.ready()
                 warnings.look_at_key_store()
                 metrics.ready()
+                installation.has_metrics = metrics.is_read
                 if has_circuits(installation):
                     installation.circuits.start_reading()
 

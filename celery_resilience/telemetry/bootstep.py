@@ -138,13 +138,22 @@ class WorkerMetrics:
             if instrument.is_probed:
                 metrics.look_at(instrument, partial(probes.look, instrument))
         metrics.look_at(i.PROBES, probes.successes)
+        if not self._is_shown():
+            # OpenTelemetry's SDK is imported, and exports nothing.
+            self.is_read = False
+            metrics.detach()
+            return
         for probe in probes.all:
             start_deaf(partial(probe.run, self._has_ended), f"probe-{probe.name}")
+        start_deaf(self._tick, "metrics")
+
+    def _is_shown(self) -> bool:
+        is_exported = False
         if OTEL_SDK in sys.modules:
             from celery_resilience.telemetry.opentelemetry_metrics import attach
 
-            attach(metrics)
-        start_deaf(self._tick, "metrics")
+            is_exported = attach(self.metrics)
+        return is_exported or bool(self.pages)
 
     def ended(self) -> None:
         """The worker has ended."""

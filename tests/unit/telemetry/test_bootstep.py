@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
+from opentelemetry import metrics as otel
 
 from celery_resilience.events import emit
 from celery_resilience.telemetry import instruments as i
-from celery_resilience.telemetry.bootstep import Questions, WorkerMetrics
+from celery_resilience.telemetry.bootstep import OTEL_SDK, Questions, WorkerMetrics
 
 
 @pytest.fixture
@@ -75,3 +78,24 @@ def test_queues_are_looked_up_at_each_question(app: Celery) -> None:
     app.amqp.queues.deselect("a")
     assert set(queues.ask()[i.QUEUED]) == {("b",), ("c",)}
     metrics.metrics.detach()
+
+
+def test_a_worker_without_a_provider_asks_and_counts_nothing(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenTelemetry's SDK is imported by many who do not export with it."""
+    importlib.import_module(OTEL_SDK)
+    monkeypatch.setattr(otel, "get_meter_provider", otel.NoOpMeterProvider)
+    before = set(threading.enumerate())
+    metrics = metrics_of(app, address=None)
+    metrics._worker = SimpleNamespace(pool=None)
+    metrics.attach()
+    assert metrics.is_read
+
+    metrics.ready()
+
+    assert not metrics.is_read
+    assert set(threading.enumerate()) <= before
+    emit("circuits.opened")
+    assert not metrics.metrics._notes
+    metrics.ended()
