@@ -325,12 +325,16 @@ class WorkerSetup:
                     tracing.ready,
                     warnings.look_at_key_store,
                     metrics.ready,
+                    note_metrics,
                     start_circuits,
                 )
 
         def tell_of_tracing() -> None:
             if tracing.words:
                 logger.info("failures are told to %s too", tracing.words)
+
+        def note_metrics() -> None:
+            installation.has_metrics = metrics.is_read
 
         def start_circuits() -> None:
             if has_circuits(installation):

@@ -37,6 +37,9 @@ logger = logging.getLogger("celery_resilience.delivery")
 #: Children that were ended, of which more are forgotten.
 MAX_ENDED = 100
 
+#: Exchanges and routing keys whose queue is remembered.
+MAX_SOURCES = 1_000
+
 
 class Verdict(Protocol):
     """What becomes of a run that ended with its process."""
@@ -232,6 +235,8 @@ class Deliveries:
         key = tuple(map(text_of, parts))
         queue = self._queues.get(key)
         if queue is None:
+            if len(self._queues) >= MAX_SOURCES:
+                self._queues.clear()  # a topic's keys may have ids in them
             queue = self._queues[key] = queue_of(self.consumer, message)
         return queue
 

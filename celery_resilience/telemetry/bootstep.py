@@ -13,11 +13,11 @@ from importlib.metadata import version
 from threading import Event
 from typing import Any, ClassVar, Protocol
 
-from celery import bootsteps, current_task
+from celery import bootsteps
 
 from celery_resilience import _celery, _kombu, _pools
 from celery_resilience.draining import is_draining
-from celery_resilience.run_view import COUNTS
+from celery_resilience.events import observe
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.exits import WhyEnded, exit_reason
 from celery_resilience.telemetry.metrics import Metrics
@@ -90,7 +90,8 @@ class WorkerMetrics:
         self._questions = questions
         self._why = WhyEnded()
         self._has_ended = Event()
-        self._queues: Any = {}
+        self._has_begun = False
+        self._paused: set[str] = set()
         self.metrics = Metrics(tasks)
         self.is_read = address is not None or OTEL_SDK in sys.modules
         self.pages: dict[str, Callable[[str], tuple[str, bytes]]] = {}
@@ -102,7 +103,8 @@ class WorkerMetrics:
         if not self.is_read:
             return
         metrics = self.metrics
-        metrics.attach(count_in_run, self._why.attach())
+        paused = observe("circuits.queue_paused", self._queue_paused)
+        metrics.attach([*self._why.attach(), paused])
         started_at = time.time()
         for instrument, look in (
             (i.ACTIVE, self._active),
@@ -124,10 +126,10 @@ class WorkerMetrics:
 
     def ready(self) -> None:
         """The worker consumes: begin to ask."""
-        if not self.is_read or self._queues:
+        if not self.is_read or self._has_begun:
             return
-        metrics, app = self.metrics, self._app
-        self._queues = dict(app.amqp.queues.consume_from)
+        self._has_begun = True
+        metrics = self.metrics
         metrics.start_at_zero(
             {task: self._queues_of(task) for task in sorted(metrics.tasks)}
         )
@@ -136,19 +138,28 @@ class WorkerMetrics:
             if instrument.is_probed:
                 metrics.look_at(instrument, partial(probes.look, instrument))
         metrics.look_at(i.PROBES, probes.successes)
+        if not self._is_shown():
+            # OpenTelemetry's SDK is imported, and exports nothing.
+            self.is_read = False
+            metrics.detach()
+            return
         for probe in probes.all:
             start_deaf(partial(probe.run, self._has_ended), f"probe-{probe.name}")
-        if OTEL_SDK in sys.modules:
-            self._show_to_opentelemetry()
         start_deaf(self._tick, "metrics")
 
-    def _show_to_opentelemetry(self) -> None:
+    def _is_shown(self) -> bool:
+        is_exported = OTEL_SDK in sys.modules and self._show_to_opentelemetry()
+        return is_exported or bool(self.pages)
+
+    def _show_to_opentelemetry(self) -> bool:
+        """Whether it exports anything."""
         try:
             from celery_resilience.telemetry.opentelemetry_metrics import attach
 
-            attach(self.metrics)
+            return attach(self.metrics)
         except Exception:
             logger.exception("OpenTelemetry is not told the metrics")
+            return False
 
     def ended(self) -> None:
         """The worker has ended."""
@@ -160,15 +171,31 @@ class WorkerMetrics:
         while not self._has_ended.wait(TICK_S):
             self.metrics.tick()
 
+    def _queue_paused(self, queue: str) -> None:
+        """It is not empty because nobody consumes it, perhaps from the start."""
+        self._paused.add(queue)
+
+    def _queues(self) -> Mapping[str, Any]:
+        """Those that are consumed now, or would be if no circuit were open."""
+        queues = self._app.amqp.queues
+        paused = {name: queues[name] for name in list(self._paused)}
+        return {**queues.consume_from, **paused}
+
     def _queues_of(self, task: str) -> Iterable[str]:
         """Where a task is expected, of the queues that are consumed."""
         try:
-            queue = self._app.amqp.router.route({}, task)["queue"]
-            name = str(getattr(queue, "name", queue))
+            # Not `route`, which makes a queue that is not known: before Celery 5.7 a
+            # worker without -Q consumes that too (``app/amqp.py:187``, Celery 5.6).
+            found = self._app.amqp.router.lookup_route(task, (), {}, {}, None)
+            if not isinstance(found, str):
+                default = self._app.conf.task_default_queue
+                found = {"queue": default, **(found or {})}["queue"]
+            name = str(getattr(found, "name", found))
         except Exception as exc:
             logger.debug("nobody knows the queue of %s: %s", task, exc)
             name = ""
-        return [name] if name in self._queues else list(self._queues)[:1]
+        queues = self._queues()
+        return [name] if name in queues else list(queues)[:1]
 
     # --- what is looked at ---------------------------------------------------------------
 
@@ -213,21 +240,16 @@ class QueueDepths:
 
     Args:
         app: The Celery app.
-        queues: Those that the worker consumes, by their names.
+        queues: Those that the worker consumes at the moment, by their names.
         questions: What knows the failed queues.
     """
 
     def __init__(
-        self, app: Any, queues: Mapping[str, Any], questions: Questions
+        self, app: Any, queues: Callable[[], Mapping[str, Any]], questions: Questions
     ) -> None:
         self._app = app
+        self._queues = queues
         self._failed = questions.failed_queues
-        # A broadcast's is this worker's own, and has another name each time.
-        self._own = [
-            name
-            for name, queue in queues.items()
-            if queue.exchange.type != "fanout" and not queue.auto_delete
-        ]
         self._connection: Any = None
 
     def __call__(self) -> Answer:
@@ -237,18 +259,22 @@ class QueueDepths:
         Raises:
             Exception: The broker does not answer.
         """
+        # A broadcast's is this worker's own, and has another name each time.
+        own = [
+            name
+            for name, queue in self._queues().items()
+            if queue.exchange.type != "fanout" and not queue.auto_delete
+        ]
         if self._connection is None:
             self._connection = self._app.connection_for_read()
         try:
-            found = _kombu.messages_in_each(
-                self._connection, [*self._own, *self._failed]
-            )
+            found = _kombu.messages_in_each(self._connection, [*own, *self._failed])
         except Exception:
             connection, self._connection = self._connection, None
             connection.release()
             raise
         return {
-            i.QUEUED: {(name,): float(found[name]) for name in self._own},
+            i.QUEUED: {(name,): float(found[name]) for name in own},
             i.UNCOLLECTED: {(name,): float(found[name]) for name in self._failed},
         }
 
@@ -285,19 +311,6 @@ def _oldest_active() -> Iterator[tuple[Labels, float]]:
             oldest[request.name] = max(age_s, oldest.get(request.name, 0.0))
     for task, age_s in oldest.items():
         yield (task,), age_s
-
-
-def count_in_run(event: str) -> None:
-    """Child: let an event go with the facts of the run in which it happens."""
-    task: Any = current_task
-    request = task.request_stack.top if task else None
-    installation = getattr(task, "_installation", None) if task else None
-    if request is None or installation is None or not installation.has_metrics:
-        return
-    said = vars(request)
-    if COUNTS not in said:
-        said[COUNTS] = installation.new_counts()
-    said[COUNTS].event(event)
 
 
 class MetricsStep(bootsteps.StartStopStep):

@@ -11,7 +11,6 @@ import logging
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from math import isfinite
 from typing import Any
 
 from celery_resilience.errors import ConfigurationError
@@ -36,6 +35,9 @@ MAX_CHECKED = 1_000
 NAME = re.compile(r"[a-z][a-z0-9]*(?:[._][a-z0-9]+)*")
 MAX_NAME = 64
 
+#: Of what may be counted or observed: sums of it are floats, too.
+MAX_AMOUNT = 1e300
+
 #: Endings that Prometheus gives a name, and labels that are its own.
 _ENDINGS = ("_total", "_count", "_sum", "_bucket", "_created", "_info")
 _RESERVED_LABELS = frozenset({"le", "quantile", "job", "instance"})
@@ -55,13 +57,12 @@ class RunCounts:
         hides: Whether a label of that name would show what is never shown.
     """
 
-    __slots__ = ("_chars", "_counts", "_dropped", "_events", "_hides", "_observed")
+    __slots__ = ("_chars", "_counts", "_dropped", "_hides", "_observed")
 
     def __init__(self, hides: Callable[[str], bool]) -> None:
         self._hides = hides
         self._counts: dict[Key, float] = {}
         self._observed: dict[Key, list[Any]] = {}
-        self._events: dict[str, int] = {}
         self._dropped = 0
         self._chars = 0
 
@@ -86,7 +87,7 @@ class RunCounts:
             ConfigurationError: The name, a label or the type of the value is none.
         """
         key = self._key(name, labels)
-        if not self._is_usable(name, value, least=float("-inf")):
+        if not self._is_usable(name, value, least=-MAX_AMOUNT):
             return
         found = self._observed.get(key)
         if found is None:
@@ -97,16 +98,11 @@ class RunCounts:
         bucket = bisect_left(BUSINESS_BOUNDS, value)
         found[1][bucket] = found[1].get(bucket, 0) + 1
 
-    def event(self, name: str) -> None:
-        """Count an event of a room."""
-        self._events[name] = self._events.get(name, 0) + 1
-
     def fact(self) -> list[Any]:
         """All of it, for JSON."""
         return [
             [[*key, amount] for key, amount in self._counts.items()],
             [[*key, sum, [*b.items()]] for key, (sum, b) in self._observed.items()],
-            self._events,
             self._dropped,
         ]
 
@@ -124,16 +120,16 @@ class RunCounts:
             raise ConfigurationError(
                 f"metric {name}: the amount must be an int or a float, got {value!r}"
             )
-        if isfinite(value) and value >= least:
+        if least <= value <= MAX_AMOUNT:
             return True
         self._dropped += 1
         if name not in _refused_values:
             _refused_values.add(name)
             logger.warning(
-                "metric %s: %r is not counted, nor any other number that is negative "
-                "or not finite (told once)",
+                "metric %s: a number that is not finite, above %g, or negative though it "
+                "is counted, is not taken (told once)",
                 name,
-                value,
+                MAX_AMOUNT,
             )
         return False
 
@@ -176,7 +172,7 @@ def _wrong_name(name: Any) -> str:
         )
     if name.startswith((PREFIX, PREFIX.replace(".", "_"))):
         return f"names that begin with {PREFIX} are our own"
-    if name.endswith(_ENDINGS):
+    if name.replace(".", "_").endswith(_ENDINGS):
         return f"the name must not end in {', '.join(_ENDINGS)}, which are added"
     return ""
 

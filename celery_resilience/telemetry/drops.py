@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import Event
 
 from celery_resilience.events import emit
+from celery_resilience.telemetry.shared_counts import SharedCounts
 from celery_resilience.threads import start_deaf
 
 logger = logging.getLogger("celery_resilience.telemetry")
@@ -17,16 +15,9 @@ logger = logging.getLogger("celery_resilience.telemetry")
 #: What is counted, in the words of the metrics.
 SIGNALS = ("spans", "events")
 
-#: Processes that can count at once; two whose pids are equal modulo this number share a
-#: place, and may lose each other's count.
-PLACES = 4_096
-
 #: Seconds between two looks at what was counted, and between two lines about it.
 LOOK_S = 5.0
 SAY_AGAIN_S = 60.0
-
-_CELL = struct.Struct("Q")
-_ROW = _CELL.size * len(SIGNALS)
 
 
 class Drops:
@@ -38,33 +29,21 @@ class Drops:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._memory = mmap.mmap(-1, _ROW * PLACES)
+        self._counts = SharedCounts(SIGNALS)
         self._clock = clock
-        self._told = dict.fromkeys(SIGNALS, 0)
         self._unsaid = dict.fromkeys(SIGNALS, 0)
         self._say_at = 0.0
         self._has_ended = Event()
 
     def add(self, signal: str, count: int = 1) -> None:
         """Any process: so many were dropped."""
-        # By its own process alone, so that no lock is held by one that is killed.
-        at = os.getpid() % PLACES * _ROW + SIGNALS.index(signal) * _CELL.size
-        known = _CELL.unpack_from(self._memory, at)[0]
-        _CELL.pack_into(self._memory, at, known + count)
-
-    def totals(self) -> Mapping[str, int]:
-        """Of all processes."""
-        cells = struct.unpack(f"{len(SIGNALS) * PLACES}Q", self._memory[:])
-        return {name: sum(cells[i :: len(SIGNALS)]) for i, name in enumerate(SIGNALS)}
+        self._counts.add(signal, count)
 
     def tell(self) -> None:
         """Main process: tell what was dropped since the last time."""
-        for signal, total in self.totals().items():
-            new = total - self._told[signal]
-            if new > 0:
-                self._told[signal] = total
-                self._unsaid[signal] += new
-                emit("telemetry.dropped", signal=signal, count=new)
+        for signal, new in self._counts.new().items():
+            self._unsaid[signal] += new
+            emit("telemetry.dropped", signal=signal, count=new)
         if any(self._unsaid.values()) and self._clock() >= self._say_at:
             self._say_at = self._clock() + SAY_AGAIN_S
             words = ", ".join(f"{n} {name}" for name, n in self._unsaid.items() if n)

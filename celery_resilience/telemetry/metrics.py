@@ -27,6 +27,7 @@ from celery_resilience.telemetry.series import (
     Series,
     put,
 )
+from celery_resilience.telemetry.shared_counts import SharedCounts
 
 logger = logging.getLogger("celery_resilience.telemetry")
 
@@ -38,6 +39,9 @@ MAX_BUSINESS = 200
 
 #: Values of each label of those.
 MAX_BUSINESS_VALUES = 200
+
+#: Sets of labels of each of those.
+MAX_BUSINESS_SERIES = 2_000
 
 #: Tasks, queues and outcomes whose place is remembered.
 MAX_CELLS = 20_000
@@ -102,6 +106,13 @@ class Metrics:
         self._untold: deque[Callable[[], None]] = deque()
         self._lock = Lock()
         self._series = {it.name: Series(it) for it in i.ALL}
+        # Children count these outside of a run, too: at an item, or in another thread.
+        self._shared = SharedCounts(
+            [
+                *((i.EVENTS.name, (name,)) for name in i.COUNTED_EVENTS),
+                *((i.KEPT.name, ("kept", task)) for task in (*self.tasks, OTHER)),
+            ]
+        )
         self._cells: dict[tuple[str, str, Outcome], _Cells] = {}
         self._business: dict[str, Series] = {}
         self._looks: dict[str, Look] = {}
@@ -110,17 +121,11 @@ class Metrics:
 
     # --- what happens ------------------------------------------------------------------
 
-    def attach(
-        self,
-        in_run: Callable[[str], None] = lambda _: None,
-        others: Iterable[Callable[[], None]] = (),
-    ) -> None:
+    def attach(self, others: Iterable[Callable[[], None]] = ()) -> None:
         """
         Hear of what happens from now on, in place of an earlier worker's metrics.
 
         Args:
-            in_run: Takes the name of an event that happens in a child: it goes with
-                the facts of the run.
             others: What ends with it.
         """
         global _detach
@@ -133,10 +138,7 @@ class Metrics:
             observe("failed.kept", self._kept),
             observe("failed.replay_ended", self._replay_ended),
             observe("telemetry.dropped", self.dropped),
-            *(
-                observe(name, partial(self._event, name, in_run))
-                for name in i.COUNTED_EVENTS
-            ),
+            *(observe(name, partial(self._event, name)) for name in i.COUNTED_EVENTS),
         ]
         _detach = self.detach
 
@@ -169,18 +171,21 @@ class Metrics:
         self._note(_Counted(instrument, labels, amount))
 
     def _kept(self, task: str, **_: Any) -> None:
-        self.count(i.KEPT, ("kept", self._task(task)))
+        self._count_anywhere(i.KEPT, ("kept", self._task(task)))
 
     def _replay_ended(self, task: str, outcome: Outcome, **_: Any) -> None:
         if outcome is not Outcome.REVOKED:
             how = "failed" if outcome is Outcome.FAILED else "succeeded"
             self.count(i.KEPT, (f"replay_{how}", self._task(task)))
 
-    def _event(self, name: str, in_run: Callable[[str], None], **_: Any) -> None:
+    def _event(self, name: str, **_: Any) -> None:
+        self._count_anywhere(i.EVENTS, (name,))
+
+    def _count_anywhere(self, instrument: Instrument, labels: Labels) -> None:
         if os.getpid() == self._pid:
-            self.count(i.EVENTS, (name,))
+            self.count(instrument, labels)
         else:
-            in_run(name)
+            self._shared.add((instrument.name, labels))
 
     def _note(self, note: Any) -> None:
         self._notes.append(note)
@@ -222,6 +227,7 @@ class Metrics:
         """All that is known now; of any thread."""
         with self._lock:
             self._count_notes()
+            self._count_shared()
             readings = [
                 Reading.of(series)
                 for series in (*self._series.values(), *self._business.values())
@@ -239,6 +245,7 @@ class Metrics:
         """Count what was noted, and tell who hears; called every second or so."""
         with self._lock:
             self._count_notes()
+            self._count_shared()
         # Without the lock: who hears has one too, with which it asks for all.
         while self._untold:
             try:
@@ -248,6 +255,10 @@ class Metrics:
 
     def _tell_new(self, instrument: Instrument) -> None:
         self.on_new_business(instrument)
+
+    def _count_shared(self) -> None:
+        for (name, labels), count in self._shared.new().items():
+            self._series[name].add(labels, count)
 
     def _count_notes(self) -> None:
         notes = self._notes
@@ -325,7 +336,6 @@ class Metrics:
         self,
         counts: list[Any],
         observed: list[Any],
-        events: Mapping[str, int],
         dropped: int,
     ) -> None:
         for name, labels, amount in counts:
@@ -339,8 +349,6 @@ class Metrics:
                 for bucket, count in buckets:
                     spread[bucket] += count
                 series.merge(tuple(value for _, value in labels), spread, sum)
-        for event, count in events.items():
-            self._series[i.EVENTS.name].add((event,), count)
         if dropped:
             self._series[i.DROPPED.name].add(("metrics",), dropped)
 
@@ -352,7 +360,9 @@ class Metrics:
         series = self._business.get(family)
         if series is None and len(self._business) < MAX_BUSINESS:
             made = i.business(name, kind, names)
-            series = self._business[family] = Series(made, MAX_BUSINESS_VALUES)
+            series = self._business[family] = Series(
+                made, MAX_BUSINESS_VALUES, MAX_BUSINESS_SERIES
+            )
             self._untold.append(partial(self._tell_new, made))
         if series is not None and series.instrument.is_same(name, kind, names):
             return series

@@ -14,6 +14,9 @@ MAX_VALUES = 500
 #: The same for types of exceptions, which tasks make up.
 MAX_TYPES = 100
 
+#: Sets of labels of one instrument, of which each value may be few.
+MAX_SERIES = 20_000
+
 Labels = tuple[str, ...]
 
 
@@ -51,13 +54,20 @@ class Series:
     Args:
         instrument: Of which they are.
         max_values: Values that each label may have; the rest is `OTHER`.
+        max_series: Sets of labels; of one more each label is `OTHER`.
     """
 
-    def __init__(self, instrument: Instrument, max_values: int = MAX_VALUES) -> None:
+    def __init__(
+        self,
+        instrument: Instrument,
+        max_values: int = MAX_VALUES,
+        max_series: int = MAX_SERIES,
+    ) -> None:
         self.instrument = instrument
         self.numbers: dict[Labels, float] = {}
         self.histograms: dict[Labels, Histogram] = {}
         self._max_values = max_values
+        self._max_series = max_series
         self._max_types = min(max_values, MAX_TYPES)
         self._known: list[set[str]] = [set() for _ in instrument.labels]
 
@@ -89,7 +99,13 @@ class Series:
         found.sum += sum
 
     def _bounded(self, labels: Labels) -> Labels:
-        return tuple(map(self._bounded_value, range(len(labels)), labels))
+        labels = tuple(map(self._bounded_value, range(len(labels)), labels))
+        is_known = labels in self.numbers or labels in self.histograms
+        # A series has the ones or the others.
+        count = len(self.numbers) + len(self.histograms)
+        if is_known or count < self._max_series:
+            return labels
+        return (OTHER,) * len(labels)
 
     def _bounded_value(self, at: int, value: str) -> str:
         known = self._known[at]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from threading import Thread
 from typing import Any
 
 from celery import Celery
@@ -29,7 +30,12 @@ def register(app: Celery, base: Any, conf: dict[str, Any]) -> None:
         self.resilience.count("orders", 2, how=how)
         self.resilience.observe("amount_eur", 12.5)
         if how == "event":
-            emit("idempotency.lease_lost", claim=None)
+            # As a heartbeat does it: in a thread that has no current task.
+            thread = Thread(
+                target=emit, args=("idempotency.lease_lost",), kwargs={"claim": None}
+            )
+            thread.start()
+            thread.join()
         if how == "raise":
             raise ValueError(secret)
         if how == "retry":

@@ -223,7 +223,7 @@ def test_a_queues_depth_is_asked_for(make_fleet: FleetMaker, broker: str) -> Non
         fleet.send("ok")
     ask = QueueDepths(
         fleet.app,
-        dict(fleet.app.amqp.queues),
+        lambda: fleet.app.amqp.queues,
         Questions(None, ("never-made",), None, lambda pid: None),
     )
 
@@ -242,7 +242,7 @@ def test_a_broker_that_is_away_is_no_empty_queue(
     fleet = make_fleet("redis", server=server)
     ask = QueueDepths(
         fleet.app,
-        dict(fleet.app.amqp.queues),
+        lambda: fleet.app.amqp.queues,
         Questions(None, (), None, lambda pid: None),
     )
     assert ask()[i.QUEUED]

@@ -12,7 +12,7 @@ from kombu.message import Message
 from unit.specimens import a_message, headers_with
 
 from celery_resilience.crashes.gate import Gate
-from celery_resilience.delivery.deliveries import Deliveries
+from celery_resilience.delivery.deliveries import MAX_SOURCES, Deliveries
 from celery_resilience.delivery.send_again import NEW_TRACE_AFTER_S, send_again
 from celery_resilience.message import OriginalMessage
 from celery_resilience.outcome import Outcome
@@ -263,3 +263,16 @@ def test_what_is_kept_still_runs(deliveries: Deliveries, gate: Gate) -> None:
     gate.left(suspect)
 
     assert waiting.was_dropped or waiting in gate._running
+
+
+def test_routing_keys_with_ids_fill_no_memory(deliveries: Deliveries) -> None:
+    """The queue of each is found again when it is asked for."""
+    deliveries.consumer = None
+    keys = [f"order.{number}" for number in range(MAX_SOURCES + 5)]
+    found = [
+        deliveries.queue_of(Message(delivery_info={"exchange": "", "routing_key": key}))
+        for key in keys
+    ]
+
+    assert found == keys
+    assert len(deliveries._queues) <= MAX_SOURCES

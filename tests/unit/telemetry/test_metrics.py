@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any
@@ -170,19 +172,26 @@ def test_notes_do_not_pile_up_where_nobody_reads(metrics: Metrics) -> None:
     assert len(metrics._notes) < 10
 
 
-def test_an_event_is_counted_in_the_process_where_somebody_reads(
-    metrics: Metrics,
-) -> None:
-    """A forked child has a copy of the observers: there it goes with the run's facts."""
-    told: list[str] = []
-    metrics.attach(told.append)
-    emit("memory.recycled", task="ship")
-    metrics._pid = os.getppid()
-    emit("memory.recycled", task="ship")
-    metrics._pid = os.getpid()
+def test_what_happens_in_a_child_is_counted_once(metrics: Metrics) -> None:
+    """In whichever of its threads, at an item of a batch, and though it is killed."""
 
-    assert told == ["memory.recycled"]
-    assert numbers(metrics, i.EVENTS) == {("memory.recycled",): 1}
+    def child() -> None:
+        thread = Thread(target=lambda: emit("circuits.opened", circuit="bank"))
+        thread.start()
+        thread.join()
+        emit("failed.kept", task="ship")
+        emit("failed.kept", task="made up")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    emit("circuits.opened", circuit="bank")
+    for _ in range(2):
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        metrics.tick()
+
+    assert numbers(metrics, i.EVENTS) == {("circuits.opened",): 3}
+    assert numbers(metrics, i.KEPT) == {("kept", "ship"): 2, ("kept", OTHER): 2}
 
 
 def test_what_was_dropped_is_counted(metrics: Metrics) -> None:
@@ -292,6 +301,22 @@ def test_names_and_values_are_bounded(metrics: Metrics) -> None:
     assert len(found["orders"].numbers) == module.MAX_BUSINESS_VALUES + 1
     assert sum(found["orders"].numbers.values()) == module.MAX_BUSINESS + 3
     assert numbers(metrics, i.DROPPED) == {("metrics",): 4}
+
+
+def test_the_product_of_labels_is_bounded(metrics: Metrics) -> None:
+    """Few values of several labels are many series; the sums stay right."""
+    for number in range(module.MAX_BUSINESS_SERIES + 50):
+        run = a_run()
+        labels = {"shop": number % 60, "kind": number // 60}
+        run.count("orders", 1, labels)
+        run.observe("amount_eur", 1, labels)
+        emit(COUNTED, fact=run.fact())
+
+    found = business(metrics)
+    orders, amounts = found["orders"].numbers, found["amount_eur"].histograms
+    assert len(orders) == len(amounts) == module.MAX_BUSINESS_SERIES + 1
+    assert orders[(OTHER, OTHER)] == amounts[(OTHER, OTHER)].count == 50
+    assert orders[("0", "0")] == 1
 
 
 # --- series ------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_an_adapter_that_fails_is_logged(
     worker = bootstep.WorkerMetrics(
         Celery("shop", broker="memory://", set_as_current=False),
         SimpleNamespace(pool=None),
-        address=None,
+        address=("127.0.0.1", 0),
         tasks=["ship"],
         questions=bootstep.Questions(None, (), None, lambda pid: None),
     )
