@@ -394,7 +394,7 @@ def _register(app: Celery, base: Any) -> None:
     )
     def snoozed_with_autoretry(self: Any) -> str:
         started(self)
-        if not marks_of(self):
+        if "snoozes" not in marks_of(self):
             raise Snooze(0.1, "later")
         return "awake"
 
