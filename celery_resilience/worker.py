@@ -373,13 +373,16 @@ class WorkerSetup:
 
     def make_shelving(self, visibility: RedisVisibility, *, after: type[Any]) -> Any:
         """
-        What takes the snoozed messages that are too many; None without a store.
+        What takes the snoozed messages that are too many; None without a server for them.
 
         Args:
             after: The step that gives back what the store did not take.
         """
         installation, deliveries = self.installation, self.deliveries
-        if installation.store_choice.url is None:
+        url = installation.store_choice.url
+        # A thread that is within SQLite while a child is forked leaves it SQLite's
+        # mutex, held for ever; and a store of one host has no fleet to relieve.
+        if url is None or sqlite_path(url) is not None:
             return None
         shelving = Shelving(
             Shelf(installation.shelf_store, Publisher(self.app)),
@@ -690,8 +693,7 @@ def give_back_shelved(installation: Installation) -> None:
     Other workers had put it there before celery-resilience was switched off.
     """
     url = installation.store_choice.url
-    path = None if url is None else sqlite_path(url)
-    if url is None or (path is not None and not path.is_file()):
+    if url is None or sqlite_path(url) is not None:
         return
     app = installation.app
     shelf = Shelf(installation.shelf_store, Publisher(app), is_last=True)
