@@ -91,6 +91,7 @@ class SentryEvents:
         self._is_running_in = is_running_in
         self._dead: OrderedDict[int, None] = OrderedDict()
         self._has_flushed = False
+        self._has_told = False
         self._stops: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -118,6 +119,15 @@ class SentryEvents:
 
     def before(self, task: Any, request: Any) -> None:
         """The body starts: its events hide what its arguments hide."""
+        try:
+            self._watch(task, request)
+        except Exception:
+            # The run goes on, and a library may do so for each.
+            if not self._has_told:
+                self._has_told = True
+                logger.exception("Sentry's events of a run lack what only we know")
+
+    def _watch(self, task: Any, request: Any) -> None:
         scope = self.sdk.get_isolation_scope()
         # Of this run alone, where Sentry's own integration has made one; else it would
         # collect our processors for ever.

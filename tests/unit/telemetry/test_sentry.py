@@ -133,6 +133,23 @@ def test_the_event_is_in_the_trace_of_the_span(sdk: Sdk) -> None:
     assert sdk.events[0]["contexts"]["trace"] == ids
 
 
+def test_a_scope_that_fails_fails_no_run(
+    sdk: Sdk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told of once, though there is one for each run."""
+
+    def fail() -> None:
+        raise RuntimeError("no scope")
+
+    events = attached(sdk)
+    monkeypatch.setattr(events.sdk, "get_isolation_scope", fail, raising=False)
+
+    for _ in range(2):
+        events.before(SimpleNamespace(name="ship"), SimpleNamespace(id="1"))
+
+    assert caplog.text.count("lack what only we know") == 1
+
+
 def test_without_a_client_nothing_is_told(sdk: Sdk) -> None:
     """Sentry was imported, and not initialised in this process."""
     sdk.active = False
