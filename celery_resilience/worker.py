@@ -63,7 +63,6 @@ from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
 from celery_resilience.redaction import safe_text
 from celery_resilience.sessions.task import Sessions
-from celery_resilience.settings import sqlite_path
 from celery_resilience.shelf.bootstep import LAST_ANSWER_S, shelf_step
 from celery_resilience.shelf.consumer import Shelving
 from celery_resilience.shelf.policy import most_held
@@ -379,10 +378,7 @@ class WorkerSetup:
             after: The step that gives back what the store did not take.
         """
         installation, deliveries = self.installation, self.deliveries
-        url = installation.store_choice.url
-        # A thread that is within SQLite while a child is forked leaves it SQLite's
-        # mutex, held for ever; and a store of one host has no fleet to relieve.
-        if url is None or sqlite_path(url) is not None:
+        if installation.store_choice.url is None:
             return None
         shelving = Shelving(
             Shelf(installation.shelf_store, Publisher(self.app)),
@@ -692,8 +688,7 @@ def give_back_shelved(installation: Installation) -> None:
 
     Other workers had put it there before celery-resilience was switched off.
     """
-    url = installation.store_choice.url
-    if url is None or sqlite_path(url) is not None:
+    if installation.store_choice.url is None:
         return
     app = installation.app
     shelf = Shelf(installation.shelf_store, Publisher(app), is_last=True)

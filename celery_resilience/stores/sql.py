@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ from celery_resilience.errors import (
     SchemaMismatch,
     StoreUnavailable,
 )
+from celery_resilience.stores.fork_gate import sqlite_gate
 from celery_resilience.stores.sql_dialects import (
     LOCK_TIMEOUT_S,
     TABLE_OPTIONS,
@@ -90,6 +92,8 @@ class SqlDatabase:
         self._dialect, self._url = dialect_of(make_url(url))
         self._create_schema = create_schema
         self._engine: Engine | None = None
+        #: A connection is never closed in a child of the process that opened it.
+        self._parents: list[Engine | None] = []
         self._pid = os.getpid()
         self._ready: set[str] = set()
         self._lock = Lock()
@@ -212,6 +216,10 @@ class SqlDatabase:
         self._dialect.prepare_for_statements(engine, answer_s)
         return engine
 
+    def unforked(self) -> AbstractContextManager[None]:
+        """Where this process is not forked meanwhile, if the database is within it."""
+        return sqlite_gate.inside() if self.is_sqlite else contextlib.nullcontext()
+
     def is_conflict(self, error: DBAPIError) -> bool:
         """Whether a statement was given up for another's sake: it may be repeated."""
         return self._dialect.is_conflict(error)
@@ -245,6 +253,7 @@ class SqlDatabase:
         if self._pid != os.getpid():
             # The parent's lock may have been held as it forked.
             self._lock = Lock()
+            self._parents.append(self._engine)
             self._engine = None
             self._ready = set()
             self._pid = os.getpid()
@@ -272,8 +281,10 @@ class SqlDatabase:
                 self._engine = self._make_engine()
             return self._engine
 
-    def _connect(self) -> Connection:
-        return self._open().connect()
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[Connection]:
+        with self.unforked(), self._open().connect() as connection:
+            yield connection
 
     def _make_engine(self, options: Mapping[str, Any] | None = None) -> Engine:
         options = self._dialect.engine_options() if options is None else options

@@ -87,7 +87,8 @@ class SqlStatements:
         """Whether an INSERT may return the row as it is then: MySQL's cannot."""
         engine = self.engine
         if engine.dialect.server_version_info is None:
-            connection, _ = self._take(engine)
+            with self._database.unforked():
+                connection, _ = self._take(engine)
             self._idle.append(connection)
         return engine.dialect.insert_returning
 
@@ -101,7 +102,8 @@ class SqlStatements:
         Raises:
             StoreUnavailable: The database did not answer, or refused.
         """
-        return self._run(statement, words)
+        with self._database.unforked():
+            return self._run(statement, words)
 
     def run_once(self, statement: ClauseElement) -> Answer:
         """
@@ -110,7 +112,8 @@ class SqlStatements:
         Raises:
             StoreUnavailable: The database did not answer, or refused.
         """
-        return self._run(statement, None)
+        with self._database.unforked():
+            return self._run(statement, None)
 
     def close(self) -> None:
         """Close this process's connections."""

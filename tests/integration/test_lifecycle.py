@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
+import termios
+from pathlib import Path
 
 import psutil
 import pytest
@@ -223,6 +227,20 @@ def test_what_has_not_started_is_for_others_at_once(
     assert draining.outcomes()["requeued"] == 5
 
 
+def unread_bytes(pid: int) -> int:
+    """What lies in the pipes that a process reads from."""
+    lies = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        info = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text()
+        flags = int(info.split("flags:")[1].split()[0], 8)
+        if not os.readlink(link).startswith("pipe:") or flags & os.O_ACCMODE:
+            continue
+        fd = os.open(link, os.O_RDONLY | os.O_NONBLOCK)
+        lies += struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+        os.close(fd)
+    return lies
+
+
 def test_a_job_that_lies_before_a_child_runs_once(make_fleet: FleetMaker) -> None:
     """It was written to a child that has yet to accept it: no other worker has it."""
     fleet = make_fleet("redis")
@@ -230,8 +248,9 @@ def test_a_job_that_lies_before_a_child_runs_once(make_fleet: FleetMaker) -> Non
     fleet.send("ok").get(timeout=20)
     (child,) = worker.children()
     os.kill(child, signal.SIGSTOP)
+    assert unread_bytes(child) == 0
     id = fleet.send("sleep", 0.1).id
-    eventually(lambda: f"{id}] received" in worker.text)
+    eventually(lambda: unread_bytes(child) > 0)
 
     kill_group(worker, signal.SIGTERM)
     eventually(lambda: "stopping (SIGTERM)" in worker.text, every_s=0.01)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from conftest import FleetMaker
 from fleet_runner import Fleet
+from metrics_page import OURS, OUTCOMES, MetricsPage
 from polling import eventually
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
-from prometheus_client.parser import text_string_to_metric_families as parse_text
 from services import Service, free_port
 
 from celery_resilience.telemetry import instruments as i
@@ -25,53 +24,14 @@ from celery_resilience.telemetry.instruments import ALL
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
-class Page:
-    """A worker's page of metrics."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.flags = ("--metrics-port", f"127.0.0.1:{port}")
-
-    def text(self, accept: str = "text/plain") -> str:
-        """As it is sent to somebody who accepts this."""
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        request = urllib.request.Request(url, headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            text: str = answer.read().decode()
-        return text
-
-    def samples(self, name: str, **labels: str) -> Iterator[Any]:
-        """The numbers of a name that have these labels."""
-        lines = [line for line in self.text().splitlines() if line.startswith(name)]
-        for family in parse_text("\n".join(lines) + "\n"):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    yield sample
-
-    def sum(self, name: str, **labels: str) -> float:
-        """Their sum."""
-        return sum(sample.value for sample in self.samples(name, **labels))
-
-    def by(self, name: str, label: str, **labels: str) -> dict[str, int]:
-        """The same by one label, without what is zero."""
-        found: Counter[str] = Counter()
-        for sample in self.samples(name, **labels):
-            found[sample.labels[label]] += int(sample.value)
-        return {value: count for value, count in found.items() if count}
-
-
-OURS = "celery_resilience"
-OUTCOMES = "celery_resilience_task_outcomes_total"
-
-
 #: What a worker tells of whatever happens.
 ALWAYS = {it.name for it in ALL if it not in (i.CIRCUIT, i.CHILD_MEMORY, i.UNRESOLVED)}
 
 
 @pytest.fixture
-def page() -> Page:
+def page() -> MetricsPage:
     """On a port that nobody has."""
-    return Page(free_port())
+    return MetricsPage(free_port())
 
 
 #: A thousand calls: how each ends, how many do, and with which outcomes.
@@ -96,7 +56,7 @@ def expected() -> Counter[str]:
 
 
 def test_a_thousand_tasks_are_counted_exactly(
-    make_fleet: FleetMaker, page: Page
+    make_fleet: FleetMaker, page: MetricsPage
 ) -> None:
     """Though each child is recycled after seven tasks, and twenty are killed."""
     fleet = make_fleet("redis", worker_prefetch_multiplier=4)
@@ -146,7 +106,9 @@ def send_all(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("pool", ["threads", "gevent", "solo"])
-def test_every_pool_counts(make_fleet: FleetMaker, page: Page, pool: str) -> None:
+def test_every_pool_counts(
+    make_fleet: FleetMaker, page: MetricsPage, pool: str
+) -> None:
     """On the health port, in both formats, without a secret."""
     fleet = make_fleet("redis")
     health = ("--health-port", f"127.0.0.1:{page.port}")
@@ -177,7 +139,7 @@ def test_every_pool_counts(make_fleet: FleetMaker, page: Page, pool: str) -> Non
 
 
 def test_a_bad_name_fails_its_task_and_says_why(
-    make_fleet: FleetMaker, page: Page
+    make_fleet: FleetMaker, page: MetricsPage
 ) -> None:
     """And OpenTelemetry's SDK has the same numbers, from the main process alone."""
     fleet = make_fleet("redis", fleet_otel="otel.jsonl", result_expires=60)

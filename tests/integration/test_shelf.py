@@ -14,8 +14,9 @@ import psutil
 import pytest
 from conftest import FleetMaker
 from fleet_runner import Fleet, Worker
+from metrics_page import OUTCOMES, MetricsPage
 from polling import eventually
-from services import Service
+from services import Service, free_port
 
 from celery_resilience.install import installation_of
 
@@ -186,9 +187,12 @@ def test_a_killed_worker_leaves_its_snoozed_tasks_to_another(
     """Which runs each once when it is due, also where celery-resilience is off by then."""
     monkeypatch.setenv("FLEET_MOST_HELD", "0")
     fleet = make_fleet(broker, store=store, task_acks_late=True)
-    first = fleet.worker(pool=pool)
+    page = MetricsPage(free_port())
+    first = fleet.worker(*page.flags, pool=pool)
     sent = [fleet.send("snoozed_for", WAITS_S) for _ in range(10)]
     eventually(lambda: shelved(fleet) == 10, what=first.text[-3000:])
+    # They are acknowledged by then; killed before, it would leave the broker's copy too.
+    eventually(lambda: page.sum(OUTCOMES, outcome="requeued") == 10)
     first.kill()
     fleet.conf["resilience_enabled"] = is_enabled
     second = fleet.worker(pool=pool)

@@ -1,0 +1,99 @@
+"""No process is forked while a thread of it is within an embedded database.
+
+A child has one thread, and the mutexes that the others held are locked in it for ever.
+SQLite has some for each connection and some for the whole process, so that a child
+would wait for ever for one of its parent's, or even of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+#: Seconds that a fork waits for the threads that are inside.
+FORK_WAITS_S = 10.0
+
+
+class ForkGate:
+    """
+    Lets threads in, or the process fork.
+
+    Args:
+        fork_waits_s: Seconds after which it is forked all the same.
+    """
+
+    def __init__(self, fork_waits_s: float = FORK_WAITS_S) -> None:
+        self._fork_waits_s = fork_waits_s
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._close,
+                after_in_parent=self._open,
+                after_in_child=self._reset,
+            )
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """This process is not forked meanwhile; waits for a fork to end."""
+        visit = self.enter()
+        try:
+            yield
+        finally:
+            self.leave(visit)
+
+    def enter(self) -> object:
+        """
+        This process is not forked until `leave`; waits for a fork to end.
+
+        Returns:
+            What `leave` is given.
+        """
+        own, visits = threading.get_ident(), self._visits
+        with self._changed:
+            # A fork waits for a thread that is inside, which so does not wait for it.
+            while self._forks and own not in visits:
+                self._changed.wait()
+            visits[own] = visits.get(own, 0) + 1
+        return visits
+
+    def leave(self, visit: object) -> None:
+        """
+        The process may be forked again.
+
+        Args:
+            visit: What `enter` returned.
+        """
+        own, visits = threading.get_ident(), self._visits
+        # A child that was forked in between has its own.
+        if visit is not visits:
+            return
+        with self._changed:
+            visits[own] -= 1
+            if not visits[own]:
+                del visits[own]
+                if self._forks:
+                    self._changed.notify_all()
+
+    def _close(self) -> None:
+        own = threading.get_ident()
+        with self._changed:
+            self._forks += 1
+            self._changed.wait_for(
+                lambda: self._visits.keys() <= {own}, timeout=self._fork_waits_s
+            )
+
+    def _open(self) -> None:
+        with self._changed:
+            self._forks -= 1
+            self._changed.notify_all()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._visits: dict[int, int] = {}
+        self._forks = 0
+
+
+#: SQLite's, of this process.
+sqlite_gate = ForkGate()

@@ -1,0 +1,206 @@
+"""A process is not forked while a thread of it is within SQLite."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from polling import eventually
+from sqlalchemy import literal, select
+
+from celery_resilience.stores.fork_gate import ForkGate
+from celery_resilience.stores.sql import SqlDatabase
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The exit code of a child, which *work* returns."""
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Forking(Thread):
+    """A thread that forks; `exit_code` is the child's, None before."""
+
+    def __init__(self, work: Callable[[], int] = lambda: 0) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self.exit_code: int | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Fork once."""
+        self.exit_code = forked(self._work)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[SqlDatabase]:
+    """SQLite's."""
+    database = SqlDatabase(f"sqlite:///{tmp_path / 'store.db'}")
+    yield database
+    database.close()
+
+
+def one(database: SqlDatabase) -> int:
+    """A query's answer."""
+    with database.reading() as connection:
+        return int(connection.execute(select(literal(1))).scalar_one())
+
+
+def kept_inside(enter: Any) -> tuple[Thread, Event]:
+    """A thread that is inside until the event is set."""
+    is_inside, leaves = Event(), Event()
+
+    def stay() -> None:
+        with enter:
+            is_inside.set()
+            leaves.wait(30)
+
+    thread = Thread(target=stay, daemon=True)
+    thread.start()
+    assert is_inside.wait(10)
+    return thread, leaves
+
+
+@pytest.mark.parametrize("kind", ["reading", "writing", "unforked"])
+def test_a_fork_waits_for_the_threads_that_are_within_sqlite(
+    database: SqlDatabase, kind: str
+) -> None:
+    """The child then asks the same database, and is answered."""
+    thread, leaves = kept_inside(getattr(database, kind)())
+
+    forking = Forking(lambda: one(database))
+    forking.join(0.3)
+    assert forking.exit_code is None
+    leaves.set()
+
+    thread.join()
+    assert eventually(lambda: forking.exit_code) == 1
+
+
+@pytest.mark.parametrize("method", ["run", "run_once"])
+def test_a_statement_is_within_sqlite(
+    database: SqlDatabase, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Statements have connections of their own."""
+    is_inside, leaves = Event(), Event()
+    statements = database.statements
+    run = statements._run
+
+    def slow(*args: Any) -> Any:
+        is_inside.set()
+        leaves.wait(30)
+        return run(*args)
+
+    monkeypatch.setattr(statements, "_run", slow)
+    words: tuple[Any, ...] = ({},) if method == "run" else ()
+    thread = Thread(target=getattr(statements, method), args=(select(1), *words))
+    thread.start()
+    assert is_inside.wait(10)
+
+    forking = Forking()
+    forking.join(0.3)
+    assert forking.exit_code is None
+    leaves.set()
+
+    thread.join()
+    assert eventually(lambda: forking.exit_code is not None)
+    assert forking.exit_code == 0
+
+
+def test_no_thread_enters_while_a_fork_waits() -> None:
+    """Busy threads would keep it waiting; one that is inside may enter again."""
+    gate = ForkGate()
+    entered: list[str] = []
+    is_inside, again, leaves = Event(), Event(), Event()
+
+    def stay() -> None:
+        with gate.inside():
+            is_inside.set()
+            again.wait(30)
+            with gate.inside():
+                entered.append("again")
+            leaves.wait(30)
+
+    def come() -> None:
+        with gate.inside():
+            entered.append("other")
+
+    Thread(target=stay, daemon=True).start()
+    assert is_inside.wait(10)
+    forking = Forking()
+    eventually(lambda: gate._forks)
+    other = Thread(target=come, daemon=True)
+    other.start()
+    again.set()
+    eventually(lambda: entered)
+    other.join(0.2)
+    assert entered == ["again"]
+    leaves.set()
+
+    other.join(10)
+    assert entered == ["again", "other"]
+    assert eventually(lambda: forking.exit_code is not None)
+
+
+def test_a_thread_that_is_inside_may_fork(database: SqlDatabase) -> None:
+    """It does not wait for itself; its child begins outside and leaves nothing."""
+
+    def in_the_child() -> int:
+        return one(database) + forked(lambda: 1)
+
+    started = time.monotonic()
+    with database.reading():
+        assert forked(in_the_child) == 2
+
+    assert one(database) == 1
+    assert time.monotonic() - started < 5
+
+
+def test_a_child_that_was_forked_inside_leaves_its_parents_visit_alone() -> None:
+    """The `with` ends in it too."""
+    gate = ForkGate()
+
+    def in_the_child() -> int:
+        visit = gate.enter()
+        gate.leave(visit)
+        return len(gate._visits)
+
+    with gate.inside():
+        pid = os.fork()
+    if not pid:
+        os._exit(in_the_child())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not gate._visits
+
+
+def test_a_fork_does_not_wait_for_ever() -> None:
+    """For a pager, say, that nobody looks at."""
+    gate = ForkGate(fork_waits_s=0.2)
+    _, leaves = kept_inside(gate.inside())
+
+    assert forked(lambda: 0) == 0
+    leaves.set()
+
+
+def test_what_a_parent_had_open_is_kept_in_its_child(database: SqlDatabase) -> None:
+    """Closed there, a connection would wait for a mutex or drop the parent's locks."""
+    one(database)
+    parents = database._engine
+
+    def in_the_child() -> int:
+        one(database)
+        return int(database._parents == [parents])
+
+    assert forked(in_the_child) == 1
+    assert database._parents == []
