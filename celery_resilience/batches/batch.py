@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,8 +12,6 @@ from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self
-
-from pybreaker import CircuitBreakerError
 
 from celery_resilience.batches.helpers import Helpers
 from celery_resilience.batches.options import BatchOptions
@@ -38,24 +37,33 @@ from celery_resilience.soft_limit import soft_limit_deferred
 
 logger = logging.getLogger("celery_resilience.batches")
 
-#: What says nothing of the item at which it was raised: the batch ends by it.
+#: What says nothing of the item at which it was raised: the batch ends by it, as by an
+#: open circuit.
 ENDS_BATCH: tuple[type[BaseException], ...] = (
     *CONTROL_FLOW,
     *SOFT_LIMITS,
     MemoryError,
     MemoryLimitExceeded,
-    CircuitBreakerError,  # CircuitOpen is one
     ConfigurationError,
     StoreUnavailable,
     BrokerUnavailable,
 )
 
-#: After these another run goes on: what has ended of the chunk need not be done again.
-GOES_ON: tuple[type[BaseException], ...] = (*CONTROL_FLOW, CircuitBreakerError)
-
 #: Calls of helpers that may have been begun, for each thread, when the first of them is
 #: waited for: a slow one does not leave the other threads idle at once.
 AHEAD = 4
+
+
+def _is_open_circuit(exc: BaseException) -> bool:
+    """Whether a circuit is open, of ours or of pybreaker's own."""
+    # It imports redis-py, which not every fleet needs.
+    pybreaker: Any = sys.modules.get("pybreaker")
+    return pybreaker is not None and isinstance(exc, pybreaker.CircuitBreakerError)
+
+
+def _goes_on(exc: BaseException) -> bool:
+    """Whether another run goes on: what has ended of the chunk is not done again."""
+    return isinstance(exc, CONTROL_FLOW) or _is_open_circuit(exc)
 
 
 class Batch:
@@ -326,10 +334,10 @@ class Batch:
         """Whether nothing half done would be committed with the items that have ended."""
         options = self._options
         if options.session is None:
-            return isinstance(exc, (*GOES_ON, *SOFT_LIMITS))
+            return isinstance(exc, SOFT_LIMITS) or _goes_on(exc)
         # Raised elsewhere, it has left what the item had done in the session.
         is_undone = options.savepoints and exc is self._passed
-        return is_undone and isinstance(exc, GOES_ON)
+        return is_undone and _goes_on(exc)
 
     def _cut_if_it_can(self) -> None:
         try:
@@ -378,7 +386,11 @@ class Batch:
         Raises:
             TooManyErrors: More went wrong than the batch may have.
         """
-        if not isinstance(exc, Exception) or isinstance(exc, self._passes):
+        if (
+            not isinstance(exc, Exception)
+            or isinstance(exc, self._passes)
+            or _is_open_circuit(exc)
+        ):
             self._passed = exc
             return False
         if self._went_wrong:

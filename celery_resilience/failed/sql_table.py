@@ -15,7 +15,7 @@ from sqlalchemy import (
 )
 
 from celery_resilience.failed.rows import GHOST
-from celery_resilience.stores.sql import LongBinary, LongText, table
+from celery_resilience.stores.sql import OPTIONS, LongBinary, LongText, table
 
 VERSION = 1
 
@@ -67,8 +67,12 @@ Index(
     failed.c.namespace,
     failed.c.reason,
     failed.c.last_failed_at,
-    sqlite_where=failed.c.reason == GHOST,
-    postgresql_where=failed.c.reason == GHOST,
+    info={
+        OPTIONS: {
+            "sqlite_where": failed.c.reason == GHOST,
+            "postgresql_where": failed.c.reason == GHOST,
+        }
+    },
 )
 
 TABLES = [failed]

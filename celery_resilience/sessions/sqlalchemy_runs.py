@@ -17,7 +17,6 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection, Engine
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.orm import Session, close_all_sessions
 from sqlalchemy.pool import NullPool, Pool
 
 from celery_resilience.own_connections import MARK
@@ -44,8 +43,9 @@ logger = logging.getLogger("celery_resilience.sessions")
 LIBRARY = "sqlalchemy"
 
 #: What is written into the `info` of a pool's record, which lives as its connection.
-OWNER, BACK_AT, LOOP, CHANGED = (
-    f"celery_resilience.{name}" for name in ("owner", "back_at", "loop", "changed")
+OWNER, BACK_AT, LOOP, CHANGED, IN_MEMORY = (
+    f"celery_resilience.{name}"
+    for name in ("owner", "back_at", "loop", "changed", "in_memory")
 )
 
 #: Things of one run above which the dead ones, or the later ones, are forgotten.
@@ -148,6 +148,8 @@ _effects: dict[str, Effect] = {}
 
 
 def _remember(record: Any) -> None:
+    # A child could not ask: a thread of its parent's may have been within SQLite.
+    record.info[IN_MEMORY] = _is_in_memory(record.dbapi_connection)
     key = id(record)
     if key not in _records:
         _records[key] = weakref.ref(record, lambda _: _records.pop(key, None))
@@ -169,7 +171,7 @@ def _on_checkout(driver: Any, record: Any, fairy: Any) -> None:
     info = record.info
     if MARK in info:
         return
-    if info.get(OWNER, _first_owner) != _owner and not _is_in_memory(driver):
+    if info.get(OWNER, _first_owner) != _owner and not _is_copied(info, driver):
         _leave_to_parent(record, fairy)
         raise DisconnectionError("this connection is a parent process's")
     if OWNER not in info:
@@ -338,6 +340,13 @@ def _is_in_memory(driver: Any) -> bool:
     return all(not row[2] for row in rows)
 
 
+def _is_copied(info: dict[str, Any], driver: Any) -> bool:
+    """Whether a parent's connection is this child's own, for its database is."""
+    known: bool | None = info.get(IN_MEMORY)
+    # One that was opened before SQLAlchemy was listened to is asked.
+    return _is_in_memory(driver) if known is None else known
+
+
 def _after_fork() -> None:
     """In a child: no connection of the parent's is used, closed or collected here."""
     global _owner
@@ -347,7 +356,7 @@ def _after_fork() -> None:
             record = reference()
             if record is None or record.dbapi_connection is None:
                 continue
-            if _is_in_memory(record.dbapi_connection):
+            if record.info.get(IN_MEMORY):
                 record.info[OWNER] = _owner
                 continue
             fairy = record.fairy_ref() if record.fairy_ref is not None else None
@@ -554,6 +563,7 @@ def _undo_in(fairy: Any, kinds: set[str], dialect: str) -> set[str]:
 # --- attaching -------------------------------------------------------------------------
 
 _is_attached = False
+_hears_sessions = False
 #: Called at the first use of each run.
 _on_use: Callable[[], None] = _nothing
 _told: set[str] = set()
@@ -595,13 +605,28 @@ def attach(on_use: Callable[[], None] = _nothing) -> None:
         (Engine, "do_execute_no_params", _on_statement),
         (Engine, "do_executemany", _on_statement),
         (Engine, "handle_error", _on_error),
-        (Session, "after_transaction_create", _on_session_begin),
-        (Session, "after_begin", _on_session_connects),
     ):
         event.listen(target, name, _harmless(listener))
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def attach_sessions() -> None:
+    """Listen to every session too, once; it imports the ORM."""
+    global _hears_sessions
+    if _hears_sessions:
+        return
+    _hears_sessions = True
+    from sqlalchemy.orm import Session
+
+    for name, listener in (
+        ("after_transaction_create", _on_session_begin),
+        ("after_begin", _on_session_connects),
+    ):
+        event.listen(Session, name, _harmless(listener))
+
+
 def end_all_sessions() -> None:
     """End every session of this process, where all are of the one run that ends."""
+    from sqlalchemy.orm import close_all_sessions
+
     close_all_sessions()

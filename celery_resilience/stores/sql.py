@@ -43,6 +43,7 @@ from celery_resilience.errors import (
 from celery_resilience.stores.fork_gate import sqlite_gate
 from celery_resilience.stores.sql_dialects import (
     LOCK_TIMEOUT_S,
+    OPTIONS,
     TABLE_OPTIONS,
     LongBinary,
     LongText,
@@ -51,7 +52,7 @@ from celery_resilience.stores.sql_dialects import (
 )
 from celery_resilience.stores.sql_statements import TRIES, SqlStatements
 
-__all__ = ["LongBinary", "LongText", "SqlDatabase", "metadata", "table"]
+__all__ = ["OPTIONS", "LongBinary", "LongText", "SqlDatabase", "metadata", "table"]
 
 Result = TypeVar("Result")
 
@@ -66,7 +67,8 @@ def table(name: str, *columns: Any, **options: Any) -> Table:
     """A table of a room's, which compares texts alike in every database."""
     if not _KNOWS_STORAGE:
         options.pop("postgresql_with", None)
-    return Table(name, metadata, *columns, **TABLE_OPTIONS, **options)
+    info = {OPTIONS: {**TABLE_OPTIONS, **options}}
+    return Table(name, metadata, *columns, info=info)
 
 
 schema_versions = table(
@@ -235,7 +237,9 @@ class SqlDatabase:
         """The statements that make the tables of *rooms* in this database."""
         dialect = self._url.get_dialect()()
         statements: list[str] = []
-        for table in (schema_versions, *(t for _, ts in rooms.values() for t in ts)):
+        tables = [schema_versions, *(t for _, ts in rooms.values() for t in ts)]
+        self._dialect.set_options(tables)
+        for table in tables:
             statements.append(str(CreateTable(table).compile(dialect=dialect)).strip())
             for index in sorted(table.indexes, key=lambda i: str(i.name)):
                 statements.append(

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Index,
     Insert,
     Integer,
     LargeBinary,
@@ -63,12 +64,17 @@ TABLE_OPTIONS: Mapping[str, Any] = {
     "mysql_collate": "/*M! utf8mb4_nopad_bin */ /*!80017 utf8mb4_0900_bin */",
 }
 
+#: The key of the `info` of a table or an index for what is said of it when it is made.
+#: SQLAlchemy imports a dialect for each such word: it hears those of the one in use.
+OPTIONS = "celery_resilience.options"
+
 
 class SqlDialect(ABC):
     """
     One kind of database.
 
     Attributes:
+        name: SQLAlchemy's, with which the names of its options begin.
         driver: What a URL without a driver's name means.
         library: The module of that driver.
         extra: The extra that brings it.
@@ -76,6 +82,7 @@ class SqlDialect(ABC):
         has_limits: It waits for an answer only as long as it is told to.
     """
 
+    name: str
     driver: str
     library: str = ""
     extra: str = ""
@@ -154,7 +161,17 @@ class SqlDialect(ABC):
         self, connection: Connection, metadata: MetaData, tables: Sequence[Table]
     ) -> None:
         """Make those of *tables* that are missing, with their indexes."""
+        self.set_options(tables)
         metadata.create_all(connection, tables)
+
+    def set_options(self, tables: Sequence[Table]) -> None:
+        """Tell *tables* what is said of them when they are made, in this database."""
+        items: list[Table | Index] = [*tables]
+        items += [index for table in tables for index in table.indexes]
+        for item in items:
+            for name, value in item.info.get(OPTIONS, {}).items():
+                if name.startswith(f"{self.name}_"):
+                    item.dialect_kwargs[name] = value
 
     def is_conflict(self, error: DBAPIError) -> bool:
         """Whether a transaction was given up for another's sake: it may be repeated."""
@@ -168,6 +185,7 @@ class SqlDialect(ABC):
 class Sqlite(SqlDialect):
     """SQLite: one host, one writer at a time."""
 
+    name = "sqlite"
     driver = "sqlite"
     is_sqlite = True
 
@@ -232,6 +250,7 @@ class Sqlite(SqlDialect):
 class Postgresql(SqlDialect):
     """PostgreSQL."""
 
+    name = "postgresql"
     driver = "postgresql+psycopg"
     library = "psycopg"
     extra = "postgres"
@@ -298,6 +317,7 @@ class Mysql(SqlDialect):
     gaps between rows are locked too).
     """
 
+    name = "mysql"
     driver = "mysql+pymysql"
     library = "pymysql"
     extra = "mysql"
@@ -385,7 +405,7 @@ class Mysql(SqlDialect):
         if got.scalar() != 1:
             raise TimeoutError("another process is making tables")
         try:
-            metadata.create_all(connection, tables)
+            super().create(connection, metadata, tables)
             for table in tables:
                 found = inspect(connection).get_indexes(table.name)
                 names = {index["name"] for index in found}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -318,6 +319,86 @@ def test_a_temporary_table_in_a_file_is_gone(
     with around.engine.connect() as connection:
         found = connection.execute(text("SELECT count(*) FROM sqlite_temp_master"))
         assert found.scalar() == 0
+
+
+def test_a_child_asks_no_connection_of_its_parents(tmp_path: Path) -> None:
+    """SQLite's may be locked for ever there; one in memory is known as such, and kept."""
+    source = """
+        import os, sys
+        from sqlalchemy import create_engine, text
+        from sqlalchemy.pool import StaticPool
+        from celery_resilience.sessions import sqlalchemy_runs
+
+        sqlalchemy_runs.attach()
+        engines = [
+            create_engine(f"sqlite:///{sys.argv[1]}"),
+            create_engine("sqlite://", poolclass=StaticPool),
+        ]
+        asked = []
+        for engine in engines:
+            with engine.begin() as connection:
+                connection.execute(text("CREATE TABLE mine (id int)"))
+                raw = connection.connection.driver_connection
+            raw.set_trace_callback(asked.append)
+        if not os.fork():
+            assert asked == [], asked
+            for engine in engines:
+                with engine.begin() as connection:
+                    connection.execute(text("SELECT * FROM mine"))
+            print([sql for sql in asked if sql.startswith("SELECT")], flush=True)
+            os._exit(0)
+        os.wait()
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source), str(tmp_path / "file.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    # Of the two that are watched, only that in memory is used there.
+    assert (done.stdout, done.stderr) == ("['SELECT * FROM mine']\n", "")
+
+
+def test_the_orm_is_heard_once_it_is_imported() -> None:
+    """Not before: our own stores import the rest of SQLAlchemy, and it costs memory."""
+    source = """
+        import sys
+        from types import SimpleNamespace
+        from sqlalchemy import create_engine, text
+        from celery_resilience.sessions.run import current
+        from celery_resilience.sessions.task import Sessions
+
+        room, task = Sessions(), SimpleNamespace(name="shop.ship")
+        assert "sqlalchemy.orm" not in sys.modules
+
+        def run(body):
+            room.before(task, SimpleNamespace(id="17"))
+            body()
+            room.after(task, SimpleNamespace(id="17"), None)
+
+        def body():
+            from sqlalchemy.orm import Session
+            sessions.append(Session(create_engine("sqlite://")))
+            sessions[-1].execute(text("CREATE TABLE mine (id int)"))
+            sessions[-1].execute(text("INSERT INTO mine VALUES (1)"))
+
+        sessions = []
+        run(body)
+        run(body)
+        print([session.in_transaction() for session in sessions])
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.stdout == "[False, False]\n", done.stderr
+    assert done.stderr.count("left behind: open transaction") == 1, done.stderr
 
 
 def test_a_body_that_imports_sqlalchemy_leaves_nothing_either() -> None:
