@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import warm_python
 from apps.fleet import make_app
 from celery import Celery
 from celery.result import AsyncResult
@@ -97,15 +98,11 @@ class Fleet:
         self, *words: str, kill_at: str = "", **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run `celery -A fleet_worker …` to its end."""
-        return subprocess.run(
+        options.setdefault("timeout", 120)
+        return warm_python.run(
             [*CELERY, "-A", "fleet_worker", *words],
-            capture_output=True,
-            text=True,
             cwd=self.folder,
             env=self.environment(**sabotage_environment(kill_at)),
-            timeout=options.pop("timeout", 120),
-            check=False,
-            stdin=subprocess.DEVNULL,
             **options,
         )
 
@@ -115,7 +112,7 @@ class Fleet:
     ) -> Iterator[list[subprocess.Popen[bytes]]]:
         """Run several `celery -A fleet_worker …` at once."""
         processes = [
-            subprocess.Popen(
+            warm_python.popen(
                 [*CELERY, "-A", "fleet_worker", *words],
                 cwd=self.folder,
                 env=self.environment(),
@@ -189,7 +186,7 @@ class Worker:
         """Start it, for the first time or again."""
         before = self.text.count("ready.")
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
+            self.process = warm_python.popen(
                 self._command,
                 stdout=log,
                 stderr=log,

@@ -420,7 +420,8 @@ class RabbitMQ(Service):
             "RABBITMQ_LOG_BASE": f"{folder}/log",
             "RABBITMQ_PID_FILE": f"{folder}/pid",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface "
-            "{127,0,0,1} +S 2:2",
+            # Idle, it does not look for work.
+            "{127,0,0,1} +S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none",
         }
 
     def command(self) -> Sequence[str]:
