@@ -39,7 +39,7 @@ def fleet(
 
 def result_of(fleet: Fleet, sent: Any) -> Any:
     """What a task came to."""
-    eventually(sent.ready, what=fleet.workers[0].text[-4000:])
+    eventually(sent.ready, within_s=90, what=fleet.workers[0].text[-4000:])
     return sent.get(timeout=1)
 
 
