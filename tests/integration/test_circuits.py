@@ -43,7 +43,7 @@ def trip(fleet: Fleet, down: Path) -> None:
         eventually(lambda seen=seen: len(fleet.notes("failed_call")) > seen)
     eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
     # Until all know it: what a process goes by may be half a second old.
-    always(lambda: True, for_s=0.7)
+    always(lambda: "circuit bank closed" not in texts(fleet), for_s=1.5)
 
 
 def texts(fleet: Fleet) -> str:
@@ -341,7 +341,7 @@ def test_an_operator_changes_circuits_for_the_fleet(
     eventually(lambda: answer(up) == "paid", within_s=10)
 
     assert "bank: disabled until" in said("disable", "bank")
-    always(lambda: True, for_s=0.7)
+    always(lambda: "circuit bank closed" not in texts(fleet), for_s=1.5)
     for _ in range(4):
         record = fleet.record_of(fleet.send("pay_or_owe", str(down)).id)
         assert record["reason"] == "exception"
