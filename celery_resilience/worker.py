@@ -347,11 +347,13 @@ class WorkerSetup:
 
         def on_shutdown(sender: Any = None, **_: Any) -> None:
             if sender is worker:
-                self.publisher.close()
-                self.deliveries.facts.close()
-                tracing.ended()
-                metrics.ended()
-                life.ended()
+                do_each(
+                    self.publisher.close,
+                    self.deliveries.facts.close,
+                    tracing.ended,
+                    metrics.ended,
+                    life.ended,
+                )
 
         def on_logging(instance: Any = None, **_: Any) -> None:
             if instance is worker:
@@ -680,6 +682,15 @@ def prepare_worker(installation: Installation, worker: Any) -> None:
     app.steps["worker"].discard(CollectorStep)
     if setup is not None and refusal is None and setup.collects:
         app.steps["worker"].add(CollectorStep)
+
+
+def do_each(*lasts: Callable[[], None]) -> None:
+    """Do each of what a worker does last, also after one that has failed."""
+    for last in lasts:
+        try:
+            last()
+        except Exception:
+            logger.exception("at the end of the worker")
 
 
 def give_back_shelved(installation: Installation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,12 @@ from unit.log_records import recorded
 from celery_resilience import Resilience
 from celery_resilience.errors import ConfigurationError
 from celery_resilience.install import Installation, installation_of
-from celery_resilience.worker import ResilienceStep, WorkerSetup, prepare_worker
+from celery_resilience.worker import (
+    ResilienceStep,
+    WorkerSetup,
+    do_each,
+    prepare_worker,
+)
 
 
 @pytest.fixture
@@ -33,6 +39,20 @@ def step_of(installation: Installation) -> Any:
     steps = installation.app.steps["worker"]
     (step,) = (it for it in steps if issubclass(it, ResilienceStep))
     return step
+
+
+def test_what_fails_at_the_end_keeps_nothing_from_being_done() -> None:
+    """The exit code is the last of it."""
+    done: list[str] = []
+
+    def fail() -> None:
+        raise OSError("the broker is away")
+
+    with recorded("celery_resilience.worker") as records:
+        do_each(partial(done.append, "closed"), fail, partial(done.append, "told"))
+
+    assert done == ["closed", "told"]
+    assert "the broker is away" in logging.Formatter().format(records[0])
 
 
 def test_an_error_of_the_setup_ends_the_start(
