@@ -12,7 +12,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Event, Lock, Thread
 
 from celery_resilience.circuits import pausing, policy
@@ -234,33 +234,42 @@ class Circuits:
 
     def take_slot(self, circuit: Circuit, limit: int) -> str | None:
         """
-        One of the slots for tasks that run at once.
+        One of the slots for tasks that run at once: of this process, while the store is
+        away.
 
         Returns:
-            What is given back; "" where the store did not answer; None: all are taken.
+            What is given back; None: all are taken.
         """
-        store = self._standby.shared()
-        if store is None:
-            return ""
         token, lease_s = secrets.token_hex(8), circuit.options.probe_lease_s
 
-        def take() -> bool:
-            return store.take_slot(circuit.name, token, limit=limit, lease_s=lease_s)
+        def take(store: CircuitStore) -> str | None:
+            is_taken = store.take_slot(
+                circuit.name, token, limit=limit, lease_s=lease_s
+            )
+            return token if is_taken else None
 
-        try:
-            return token if answer_within(WAIT_S, take) else None
-        except Exception as exc:
-            self._went_away(exc)
-            return ""
+        store = self._standby.shared()
+        if store is not None:
+            try:
+                return answer_within(WAIT_S, partial(take, store))
+            except Exception:
+                # The next question finds out whether it is away, or was slow once.
+                return None
+        local = self._standby.local()
+        return token if local is None else take(local)
 
     def give_slot(self, circuit: Circuit, token: str) -> None:
         """Give a slot back; never raises, as it lapses."""
         store = self._standby.shared()
-        if store is not None:
-            try:
-                answer_within(WAIT_S, lambda: store.give_slot(circuit.name, token))
-            except Exception as exc:
-                self._went_away(exc)
+        if store is None:
+            local = self._standby.local()
+            if local is not None:
+                local.give_slot(circuit.name, token)
+            return
+        try:
+            answer_within(WAIT_S, lambda: store.give_slot(circuit.name, token))
+        except Exception as exc:
+            self._went_away(exc)
 
     def order(self, circuit: Circuit, change: Change[Result]) -> Result:
         """

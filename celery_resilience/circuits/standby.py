@@ -55,6 +55,10 @@ class Standby:
         """The fleet's store, None while it is away."""
         return None if self._local is not None else self._get_store()
 
+    def local(self) -> CircuitStore | None:
+        """This process's own store, None while the fleet's is asked."""
+        return self._local
+
     def away(self, exc: Exception, circuits: Iterable[Circuit]) -> MemoryCircuitStore:
         """
         The fleet's store has not answered: what is known of *circuits* goes on here.

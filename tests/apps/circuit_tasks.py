@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
         while not Path(gate).exists():
             time.sleep(0.02)
         return call(self, down)
+
+    @task(
+        "pay_at",
+        circuit="bank",
+        autoretry_for=(OSError,),
+        max_retries=None,
+        default_retry_delay=1,
+    )
+    def pay_at(self: Any, port: int) -> str:
+        note("called", self.request.id)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as bank:
+            if bank.recv(1) != b"+":
+                raise ConnectionError("the bank hung up")
+        note("paid", self.request.id)
+        return "paid"
 
     @task("probe_dies", circuit="bank", acks_late=True, reject_on_worker_lost=True)
     def probe_dies(self: Any, down: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
@@ -15,6 +18,9 @@ from services import Service
 
 #: A broker, and the store of its circuits.
 FLEETS = [("redis", "redis"), ("rabbitmq", "postgresql"), ("filesystem", "sqlite")]
+
+#: Seconds for which a dependency is away while many tasks need it.
+OUTAGE_S = 20
 
 #: Opens at the third failure of three.
 QUICK: dict[str, Any] = {"min_calls": 3, "failure_rate": 0.5, "jitter": 0}
@@ -164,6 +170,103 @@ def test_a_killed_probe_is_replaced_when_its_lease_has_passed(
 
     assert [result_of(fleet, it) for it in [first, *others]] == ["paid"] * 4
     assert len(fleet.notes("died")) == 1
+
+
+class FragileBank:
+    """
+    A dependency that collapses, for a while, where too many call it at once.
+
+    Attributes:
+        port: Where it listens.
+        is_away: Each caller is hung up on.
+        collapses: How often it has collapsed.
+    """
+
+    CAN_SERVE = 5
+    CALL_S = 0.25
+    COLLAPSED_S = 2.0
+
+    def __init__(self) -> None:
+        self.is_away = True
+        self.collapses = 0
+        self._collapsed_until = 0.0
+        self._lock = Lock()
+        self._calls = 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                caller, _ = self._listener.accept()
+            except OSError:
+                return
+            Thread(target=self._serve, args=(caller,), daemon=True).start()
+
+    def _serve(self, caller: socket.socket) -> None:
+        with caller:
+            began = time.monotonic()
+            with self._lock:
+                self._calls += 1
+                is_served = not self.is_away and began > self._collapsed_until
+                if is_served and self._calls > self.CAN_SERVE:
+                    self.collapses += 1
+                    self._collapsed_until = began + self.COLLAPSED_S
+                    is_served = False
+            # Those that are served meanwhile are hung up on, too.
+            Event().wait(self.CALL_S)
+            with self._lock:
+                self._calls -= 1
+                is_served = is_served and began > self._collapsed_until
+            if is_served and time.monotonic() > self._collapsed_until:
+                caller.sendall(b"+")
+
+
+@pytest.mark.parametrize("ramp_from", [2, None])
+def test_a_fragile_dependency_drains_after_an_outage(
+    make_fleet: FleetMaker, ramp_from: int | None
+) -> None:
+    """Without the ramp, what has waited comes at once, and it collapses again."""
+    bank = FragileBank()
+    fleet = make_fleet(
+        "redis",
+        store="redis",
+        resilience_circuits={
+            "bank": {
+                "window_s": 5,
+                "min_calls": 8,
+                "open_s": 3,
+                "max_open_s": 3,
+                "release_per_s": 100,
+                "ramp_from": ramp_from,
+            }
+        },
+    )
+    for _ in range(2):
+        fleet.worker(pool="threads", concurrency=16)
+    ids = {fleet.send("pay_at", bank.port).id for _ in range(40)}
+    eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+    always(lambda: not fleet.notes("paid"), for_s=OUTAGE_S, every_s=1)
+    bank.is_away = False
+
+    if ramp_from is None:
+        eventually(lambda: bank.collapses > 3, within_s=120)
+    else:
+        eventually(
+            lambda: {line[1] for line in fleet.notes("paid")} == ids,
+            within_s=120,
+            what="all are paid",
+        )
+        # It begins with two at once; the sixth that is let in is noticed by its failure.
+        assert bank.collapses <= 3
+    assert fleet.records() == {}
+    bank.close()
 
 
 def test_a_duplicate_gives_its_permit_back(make_fleet: FleetMaker, down: Path) -> None:

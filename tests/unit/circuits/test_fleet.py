@@ -59,6 +59,11 @@ class CountingStore(MemoryCircuitStore):
         self._trip()
         return super().swap(name, seen, new, keep_s=keep_s)
 
+    def take_slot(self, name: str, token: str, *, limit: int, lease_s: float) -> bool:
+        """Counted."""
+        self._trip()
+        return super().take_slot(name, token, limit=limit, lease_s=lease_s)
+
     def _trip(self) -> None:
         self.trips += 1
         self.hangs.wait(20)
@@ -166,6 +171,36 @@ def test_after_closing_no_more_run_at_once_than_the_limit(
         circuit.leave(permit, True)
     eventually(lambda: one.look().limit > 2.8, within_s=5)
     assert isinstance(two.enter(can_wait=True), Permit)
+
+
+def closed_with_a_limit(store: CountingStore) -> Circuit:
+    """A circuit that has just closed: two tasks may run at once."""
+    circuit = process(store, open_s=0.0, ramp_from=2)
+    for _ in range(3):
+        call(circuit, False)
+    eventually(lambda: circuit.look().position is Position.OPEN)
+    assert call(circuit)
+    assert circuit.look().limit == 2
+    return circuit
+
+
+@pytest.mark.parametrize("is_dead", [True, False], ids=["dead", "hangs"])
+def test_a_limit_holds_while_the_store_is_away(
+    store: CountingStore, is_dead: bool
+) -> None:
+    """In each process by itself: all at once would bring the dependency down again."""
+    circuit = closed_with_a_limit(store)
+    store.is_dead = is_dead
+    if not is_dead:
+        store.hangs.clear()
+
+    entries = [circuit.enter(can_wait=True) for _ in range(20)]
+
+    running = [entry for entry in entries if isinstance(entry, Permit)]
+    assert len(running) <= 2
+    for permit in running:
+        circuit.leave(permit, True)
+    eventually(lambda: isinstance(circuit.enter(can_wait=True), Permit))
 
 
 def test_one_worker_consumes_what_the_others_have_paused(store: CountingStore) -> None:
@@ -490,8 +525,12 @@ def test_eight_processes_with_a_fifth_of_failures(
     assert opened == [7 if opens else 0] * 8
 
 
-def test_twenty_processes_at_a_half_open_circuit(servers: Any) -> None:
+def test_twenty_processes_at_a_half_open_circuit(
+    servers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exactly the allowed probes run; and killed ones are replaced after their lease."""
+    # To a process that has no processor for so long, the store would be away.
+    monkeypatch.setattr(fleet_module, "WAIT_S", 10.0)
     server = RedisServer(servers("redis").url, fresh_name("shop"), **LIMITS)
     # Long enough for twenty processes on a busy machine to ask within it.
     lease_s = 5.0
