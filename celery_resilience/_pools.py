@@ -393,9 +393,23 @@ def has_parameters(function: Callable[..., Any], *names: str) -> bool:
 
 def child_is_as_read() -> bool:
     """The loop of a child asks its own attribute for the next job."""
-    return "wait_for_job" in BilliardWorker.workloop.__code__.co_names and (
+    return "wait_for_job" in names_used_by(BilliardWorker.workloop) and (
         has_parameters(BilliardWorker.__init__, "on_ready_counter")
     )
+
+
+def names_used_by(function: Any) -> set[str]:
+    """
+    What a function names, and one that it was put around.
+
+    Sentry's around a child's loop has the loop in its closure alone.
+    """
+    function = inspect.unwrap(function)
+    names = set(function.__code__.co_names)
+    for inner in inspect.getclosurevars(function).nonlocals.values():
+        if inspect.isfunction(inner):
+            names.update(inner.__code__.co_names)
+    return names
 
 
 def exits_are_as_read() -> bool:

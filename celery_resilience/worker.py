@@ -36,6 +36,7 @@ from celery_resilience.failed.envelope import task_record_id
 from celery_resilience.failed.routes import failed_queue_for
 from celery_resilience.failed.spool import Spool
 from celery_resilience.failed.task import ReplayFence
+from celery_resilience.forks import hold_handlers_at_forks
 from celery_resilience.idempotency.guard import KeyGuard
 from celery_resilience.idempotency.reservations import FreesReservations
 from celery_resilience.install import (
@@ -237,6 +238,7 @@ class WorkerSetup:
 
     def apply(self) -> None:
         """Put our classes and steps in the places that Celery reads them from."""
+        hold_handlers_at_forks()
         installation, worker = self.installation, self.worker
         visibility = RedisVisibility(self.deliveries)
         step = delivery_step(self.deliveries, visibility)

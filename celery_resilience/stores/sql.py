@@ -40,7 +40,7 @@ from celery_resilience.errors import (
     SchemaMismatch,
     StoreUnavailable,
 )
-from celery_resilience.stores.fork_gate import sqlite_gate
+from celery_resilience.forks import sqlite_gate
 from celery_resilience.stores.sql_dialects import (
     LOCK_TIMEOUT_S,
     OPTIONS,

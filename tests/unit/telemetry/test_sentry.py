@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -200,3 +202,23 @@ def test_the_sdk_has_what_is_needed() -> None:
     import sentry_sdk
 
     assert sentry.sdk_in_use() is sentry_sdk
+
+
+def test_what_the_sdk_puts_around_a_childs_loop_hides_nothing() -> None:
+    """Its wrapper has Celery's loop in a closure; the worker would warn of weak doors."""
+    source = """
+        import sentry_sdk
+        sentry_sdk.init()
+        from billiard.pool import Worker
+        from celery_resilience._pools import child_is_as_read
+        print(Worker.workloop.__name__, child_is_as_read())
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.stdout == "sentry_workloop True\n", done.stderr

@@ -1,8 +1,11 @@
-"""A process is not forked while a thread of it is within SQLite."""
+"""A process is not forked while a thread holds what its child would wait for."""
 
 from __future__ import annotations
 
+import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,8 @@ import pytest
 from polling import eventually
 from sqlalchemy import literal, select
 
-from celery_resilience.stores.fork_gate import ForkGate
+from celery_resilience import forks
+from celery_resilience.forks import ForkGate, hold_handlers_at_forks
 from celery_resilience.stores.sql import SqlDatabase
 
 
@@ -204,3 +208,74 @@ def test_what_a_parent_had_open_is_kept_in_its_child(database: SqlDatabase) -> N
 
     assert forked(in_the_child) == 1
     assert database._parents == []
+
+
+#: Forks while three threads log, until a child hangs; prints how many did not.
+LOGGING = """
+import logging, os, sys, threading
+from celery_resilience.forks import hold_handlers_at_forks
+
+if sys.argv[1] == "held":
+    hold_handlers_at_forks()
+handler = logging.StreamHandler(open(os.devnull, "w"))
+logging.getLogger("shop").addHandler(handler)
+log = logging.getLogger("shop.orders")
+
+def talk():
+    while True:
+        log.warning("x" * 200)
+
+for _ in range(3):
+    threading.Thread(target=talk, daemon=True).start()
+ended = 0
+for _ in range(60):
+    pid = os.fork()
+    if not pid:
+        log.warning("a child's first words")
+        os._exit(0)
+    try:
+        signalled = threading.Timer(5, os.kill, (pid, 9))
+        signalled.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        signalled.cancel()
+    if code:
+        break
+    ended += 1
+sys.stdout.write(str(ended))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["held", "as Python does it"])
+def test_a_child_may_log_whoever_logged_as_it_was_forked(how: str) -> None:
+    """A thread of Sentry's or of the app's own; without us, some child hangs."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING, how],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert done.stderr == ""
+    assert (int(done.stdout) == 60) == (how == "held")
+
+
+def test_a_handler_that_is_held_for_ever_does_not_keep_a_fork_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread may wait for a server."""
+    monkeypatch.setattr(forks, "HANDLERS_WAIT_S", 0.2)
+    hold_handlers_at_forks()
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("shop.held")
+    logger.addHandler(handler)
+    assert handler.lock is not None
+    _, leaves = kept_inside(handler.lock)
+
+    assert forked(lambda: 0) == 0
+
+    leaves.set()
+    logger.removeHandler(handler)

@@ -1,19 +1,26 @@
-"""No process is forked while a thread of it is within an embedded database.
+"""What other threads hold when a process is forked, a child would wait for for ever.
 
-A child has one thread, and the mutexes that the others held are locked in it for ever.
-SQLite has some for each connection and some for the whole process, so that a child
-would wait for ever for one of its parent's, or even of its own.
+It has one thread, and the locks that the others held are locked in it for good. SQLite
+has some for each connection and some for the whole process. Python makes the locks of
+log handlers anew in a child, but not those of the streams that they write to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 #: Seconds that a fork waits for the threads that are inside.
 FORK_WAITS_S = 10.0
+
+#: Seconds that a fork waits for all log handlers.
+HANDLERS_WAIT_S = 2.0
 
 
 class ForkGate:
@@ -97,3 +104,42 @@ class ForkGate:
 
 #: SQLite's, of this process.
 sqlite_gate = ForkGate()
+
+
+class HandlersHeld:
+    """Holds every log handler while the process is forked: no thread writes meanwhile."""
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+        os.register_at_fork(
+            before=self._hold,
+            after_in_parent=self._release,
+            after_in_child=self._forget,
+        )
+
+    def _hold(self) -> None:
+        end = time.monotonic() + HANDLERS_WAIT_S
+        for handler in _handlers():
+            lock = handler.lock
+            if lock and lock.acquire(timeout=max(0.0, end - time.monotonic())):
+                self._held.append(lock)
+
+    def _release(self) -> None:
+        while self._held:
+            self._held.pop().release()
+
+    def _forget(self) -> None:
+        # They are another thread's in it, and Python has made new ones.
+        self._held = []
+
+
+def _handlers() -> set[logging.Handler]:
+    known = list(logging.root.manager.loggerDict.values())
+    loggers = [logging.root, *(it for it in known if isinstance(it, logging.Logger))]
+    return {handler for logger in loggers for handler in logger.handlers}
+
+
+@cache
+def hold_handlers_at_forks() -> HandlersHeld | None:
+    """From now on, in this process and its children; None where nothing forks."""
+    return HandlersHeld() if hasattr(os, "register_at_fork") else None
