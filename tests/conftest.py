@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "apps")]
 
 from fleet_runner import Fleet
-from services import SERVICES, Missing, Service
+from services import PROVIDERS, SERVICES, Missing, Service
 
 # A shell that runs tests in the background lets all that they start ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,14 +50,19 @@ def servers() -> Iterator[Callable[[str], Service]]:
         yield get
 
 
-def start_server(name: str) -> Service:
-    """A private server; where there is none, skip, or fail in CI."""
+def provide(name: str) -> str:
+    """How a server, or promtool, can be had; where it cannot, skip, or fail in CI."""
     try:
-        SERVICES[name].provide()
+        return PROVIDERS[name]()
     except Missing as exc:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(f"missing {exc}")
+
+
+def start_server(name: str) -> Service:
+    """A private server; where there is none, skip, or fail in CI."""
+    provide(name)
     server = SERVICES[name]()
     RUNNING.append(server)
     try:

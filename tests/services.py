@@ -1,11 +1,12 @@
-"""Private servers for tests, the demo and the benchmarks.
+"""Private servers for tests, the demo and the benchmarks, and one tool.
 
 Each is an instance of its own on a free port in a temporary folder, which its
 owner may kill. A server's program is looked for in the environment
 (`RESILIENCE_REDIS_SERVER=/path/to/redis-server`), then on PATH and in the
 folders where Debian puts it; else a container engine is asked; else, for root,
-Debian's package is installed. `python -m tests.services redis rabbitmq` does
-that search and installs what is missing.
+Debian's package is installed. The tool, promtool, runs in no container, and is
+unpacked from its package instead of installed. `python -m tests.services redis
+promtool` does that search and gets what is missing; without words, for all.
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ LAST_LINES = 150
 
 
 class Missing(Exception):
-    """A server cannot be had on this machine."""
+    """A server, or a tool, cannot be had on this machine."""
 
 
 class EndedByItself(Exception):
     """A server has ended, and nobody here has ended it."""
+
+
+def given_program(name: str) -> str | None:
+    """The path of a program that the environment tells, or None."""
+    return os.environ.get(f"RESILIENCE_{name.upper().replace('-', '_')}") or None
 
 
 def free_port() -> int:
@@ -118,9 +124,8 @@ class Service:
     @classmethod
     def program(cls, name: str) -> str | None:
         """The path of one of the server's programs, or None."""
-        variable = f"RESILIENCE_{name.upper().replace('-', '_')}"
-        if os.environ.get(variable):
-            return os.environ[variable]
+        if path := given_program(name):
+            return path
         for pattern in cls.folders:
             for path in sorted(glob.glob(f"{pattern}/{name}"), reverse=True):
                 return path
@@ -143,7 +148,7 @@ class Service:
             return str(cls.program(cls.programs[0]))
         if has_container_engine():
             return f"container {cls.image[0]}"
-        if os.geteuid() == 0 and shutil.which("apt-get"):
+        if has_packages():
             install_packages([cls.package])
             if cls.is_installed():
                 return str(cls.program(cls.programs[0]))
@@ -708,18 +713,74 @@ def has_container_engine() -> bool:
     return done.returncode == 0
 
 
+def has_packages() -> bool:
+    """Whether Debian's packages can be installed here."""
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
 def install_packages(packages: Sequence[str]) -> None:
     """Install Debian packages without starting their services."""
+    _run_for_package("apt-get", "-qq", "update")
+    install = ("install", "--no-install-recommends", "--yes", *packages)
+    _run_for_package("apt-get", "-qq", *install)
+
+
+def unpack_program(package: str, path: str, into: Path) -> None:
+    """
+    Put one program of a Debian package into a folder, and install nothing.
+
+    Args:
+        path: Of the program, in the package.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into) as folder:
+        _run_for_package("apt-get", "-qq", "update")
+        _run_for_package("apt-get", "-qq", "download", package, cwd=folder)
+        for deb in Path(folder).glob("*.deb"):
+            _run_for_package("dpkg-deb", "-x", str(deb), folder)
+        try:
+            # Whoever unpacks it at the same time finds none of it or all.
+            os.replace(Path(folder, path), into / Path(path).name)
+        except FileNotFoundError as exc:
+            raise Missing(f"no {path} in the package {package}") from exc
+
+
+def _run_for_package(*command: str, cwd: str | None = None) -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    for command in (
-        ["apt-get", "-qq", "update"],
-        ["apt-get", "-qq", "install", "--no-install-recommends", "--yes", *packages],
-    ):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False
-        )
-        if done.returncode != 0:
-            raise Missing(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
+    )
+    if done.returncode != 0:
+        raise Missing(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+
+
+def provide_promtool() -> str:
+    """
+    Make sure that Prometheus's checker of rules can be run, and return its path.
+
+    Raises:
+        Missing: It cannot.
+    """
+    if path := given_program("promtool") or shutil.which("promtool"):
+        return path
+    unpacked = cache_folder() / "promtool"
+    if not unpacked.exists():
+        if not has_packages():
+            raise Missing(
+                "promtool: neither in the environment nor on PATH, and Debian's "
+                "prometheus cannot be unpacked"
+            )
+        try:
+            unpack_program("prometheus", "usr/bin/promtool", unpacked.parent)
+        except Missing as exc:
+            raise Missing(f"promtool: {exc}") from exc
+    return str(unpacked)
+
+
+def cache_folder() -> Path:
+    """Where programs are kept that were unpacked."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "celery-resilience")
 
 
 def _docker(*words: str) -> str:
@@ -728,14 +789,21 @@ def _docker(*words: str) -> str:
     ).stdout
 
 
+#: How each server, and the tool, is made sure of; by name.
+PROVIDERS: dict[str, Callable[[], str]] = {
+    **{name: service.provide for name, service in SERVICES.items()},
+    "promtool": provide_promtool,
+}
+
+
 def main() -> int:
-    """Look for servers, install what is missing, and say what was found."""
+    """Look for servers and the tool, get what is missing, and say what was found."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("names", nargs="*", default=list(SERVICES))
+    parser.add_argument("names", nargs="*", default=list(PROVIDERS))
     missing = 0
     for name in parser.parse_args().names:
         try:
-            print(f"{name}: {SERVICES[name].provide()}")
+            print(f"{name}: {PROVIDERS[name]()}")
         except Missing as exc:
             print(f"missing {exc}", file=sys.stderr)
             missing += 1

@@ -1,4 +1,4 @@
-"""A server that ends by itself is told of, with its reason."""
+"""A server that ends by itself is told of, with its reason; promtool is found."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import deaths
+from conftest import deaths, provide
 from polling import eventually
-from services import EndedByItself, Service, exit_code, kill_group
+from services import (
+    EndedByItself,
+    Missing,
+    Service,
+    exit_code,
+    kill_group,
+    provide_promtool,
+)
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
@@ -157,3 +164,78 @@ def test_a_process_that_was_reaped_is_not_killed(
     kill_group(process)
 
     assert (killed, exit_code(process)) == ([], 0)
+
+
+# --- promtool -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An account without promtool, and the only folder on its PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RESILIENCE_PROMTOOL", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return folder
+
+
+def write_program(file: Path, body: str = "") -> Path:
+    """A program that the shell runs, with the PATH of this machine."""
+    file.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{body}\n")
+    file.chmod(0o755)
+    return file
+
+
+def write_debian(folder: Path, program: str = "promtool") -> Path:
+    """An apt-get that notes its words, and a dpkg-deb whose package has a program."""
+    notes = folder / "notes"
+    apt_get = f'echo "$2" >> {notes}; [ "$2" != download ] || touch "$3.deb"'
+    write_program(folder / "apt-get", apt_get)
+    unpack = f"mkdir -p $3/usr/bin; touch $3/usr/bin/{program}"
+    write_program(folder / "dpkg-deb", unpack)
+    return notes
+
+
+def test_promtool_is_where_the_environment_says_or_on_the_path(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment wins, and nothing is fetched."""
+    notes = write_debian(bare)
+    on_path = write_program(bare / "promtool")
+
+    assert provide_promtool() == str(on_path)
+    monkeypatch.setenv("RESILIENCE_PROMTOOL", "/opt/promtool")
+    assert provide_promtool() == "/opt/promtool"
+    assert not notes.exists()
+
+
+def test_promtool_is_unpacked_once(bare: Path, tmp_path: Path) -> None:
+    """From Debian's package, which is not installed and leaves nothing else."""
+    notes = write_debian(bare)
+
+    found = {provide_promtool() for _ in range(2)}
+
+    cache = tmp_path / "cache" / "celery-resilience"
+    assert found == {str(cache / "promtool")}
+    assert [path.name for path in cache.iterdir()] == ["promtool"]
+    assert notes.read_text().split() == ["update", "download"]
+
+
+@pytest.mark.parametrize("has", ["no Debian", "no network", "another package"])
+def test_without_promtool_a_test_skips_by_name_and_fails_in_ci(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, has: str
+) -> None:
+    """As without a server."""
+    if has == "no network":
+        write_program(bare / "apt-get", "echo no such host >&2; exit 100")
+    elif has == "another package":
+        write_debian(bare, program="other")
+
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"^missing promtool: "):
+        provide("promtool")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(Missing, match=r"^promtool: "):
+        provide("promtool")
