@@ -16,7 +16,7 @@ import click
 from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
-from celery_resilience import _celery, _pools, draining
+from celery_resilience import _celery_worker, _pools, draining
 from celery_resilience.circuits.policy import State as CircuitState
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
@@ -193,7 +193,7 @@ class WorkerSetup:
         Raises:
             ConfigurationError: The message says what is wrong, all at once.
         """
-        missing = _celery.missing_doors(_celery.CAPTURE_DOORS)
+        missing = _celery_worker.missing_doors(_celery_worker.CAPTURE_DOORS)
         if missing:
             raise ConfigurationError(
                 "this release of Celery lacks what celery-resilience needs to keep "
@@ -607,7 +607,7 @@ def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...
     if mode == "off":
         return ()
     has_greenlets = _pools.is_greenlet_pool(pool)
-    _celery.keep_django_connections(installation.app, _runs_a_resilient_task)
+    _celery_worker.keep_django_connections(installation.app, _runs_a_resilient_task)
     return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
 
 
@@ -812,7 +812,7 @@ class ResilienceStep(bootsteps.Step):
 def _is_ending(exc: BaseException) -> bool:
     """An exception that ends the process, and is not the task's own."""
     return (
-        isinstance(exc, _celery.WORKER_EXITS)
+        isinstance(exc, _celery_worker.WORKER_EXITS)
         or (not isinstance(exc, Exception) and _pools.is_being_terminated())
         or type(exc).__module__.partition(".")[0] in ("gevent", "greenlet")
     )
