@@ -61,6 +61,7 @@ from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.message import SENT_AT, replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
+from celery_resilience.reasons import facts_of_failure
 from celery_resilience.redaction import safe_text
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.shelf.bootstep import LAST_ANSWER_S, shelf_step
@@ -271,6 +272,7 @@ class WorkerSetup:
             starts=self.starts,
             keys=key_guard(installation),
             facts=self.deliveries.facts,
+            describe=facts_of_failure,
             is_ending=_is_ending,
             around=(
                 *tracing.around,
@@ -738,6 +740,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         ),
         keys=key_guard(installation),
         facts=facts,
+        describe=facts_of_failure,
         is_ending=_is_ending,
         around=(
             *attach_tracing(

@@ -44,9 +44,10 @@ from celery_resilience.errors import (
 from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
 from celery_resilience.message import HEADER, RETRY_WAIT, id_text, marks_of
-from celery_resilience.outcome import COUNTED, COUNTED_FACT, PAID_FACT, Outcome, Reason
+from celery_resilience.outcome import COUNTED, Outcome, Reason
 from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import safe_text
+from celery_resilience.run_view import COUNTED_FACT, PAID_FACT
 
 logger = logging.getLogger("celery_resilience.delivery")
 

@@ -61,6 +61,8 @@ WORKERS_ONLY = [
     "celery.concurrency.solo",
     "celery.worker",
     "celery.worker.request",
+    "celery_resilience.failure",
+    "celery_resilience.outcome",
     "kombu.transport.virtual",
 ]
 
