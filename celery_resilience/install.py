@@ -165,6 +165,14 @@ class IsEnding(Protocol):
     def __call__(self, exc: BaseException) -> bool: ...
 
 
+class DescribesFailure(Protocol):
+    """What is told of a run that failed, by its exception; see `facts_of_failure`."""
+
+    def __call__(
+        self, exc: BaseException, package: str, *, is_exhausted: bool
+    ) -> dict[str, Any]: ...
+
+
 class AroundBody(Protocol):
     """A room that looks, in the process that runs it, at what a body leaves behind."""
 
@@ -197,6 +205,7 @@ class ChildRooms:
     starts: StartGuard
     keys: KeyGuard
     facts: TellsFacts
+    describe: DescribesFailure
     is_ending: IsEnding
     around: tuple[AroundBody, ...] = ()
     give_way: Callable[[], object] | None = None

@@ -121,12 +121,8 @@ class Settlement:
 ENDED = "delivery.ended"
 
 
-#: The event by which is told what a run has counted itself, and its name in the facts.
+#: The event by which is told what a run has counted itself.
 COUNTED = "delivery.counted"
-COUNTED_FACT = "counted"
-
-#: The fact that the budget of a retry has paid for this run.
-PAID_FACT = "budget_paid"
 
 
 class Ended(NamedTuple):

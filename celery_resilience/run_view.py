@@ -28,6 +28,10 @@ COUNTS = "_resilience_counts"
 #: Where it keeps what its run tells the main process besides how it ended.
 RUN_FACTS = "_resilience_facts"
 
+#: The facts of what it has counted, and that the budget of a retry has paid for it.
+COUNTED_FACT = "counted"
+PAID_FACT = "budget_paid"
+
 
 class RunView:
     """

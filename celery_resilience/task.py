@@ -33,7 +33,6 @@ from celery_resilience.errors import (
     TaskExited,
 )
 from celery_resilience.events import emit
-from celery_resilience.failure import describe
 from celery_resilience.message import (
     HEADER,
     KEY,
@@ -43,9 +42,9 @@ from celery_resilience.message import (
     id_text,
     marks_of,
 )
-from celery_resilience.outcome import COUNTED_FACT, Reason
 from celery_resilience.redaction import safe_text
 from celery_resilience.run_view import (
+    COUNTED_FACT,
     COUNTS,
     HANDED_OVER,
     KEY_NAME,
@@ -536,11 +535,8 @@ class ResilientTask(Task):  # type: ignore[type-arg]
     ) -> None:
         with soft_limit_deferred():
             package = (self.run.__module__ or "").partition(".")[0]
-            facts = describe(exc, package)
-            if vars(request).get(EXHAUSTED) == id(exc):
-                facts["reason"] = Reason.RETRIES_EXHAUSTED
-            if isinstance(exc, CircuitIsOpen):
-                facts["reason"] = Reason.CIRCUIT_OPEN
+            is_exhausted = vars(request).get(EXHAUSTED) == id(exc)
+            facts = rooms.describe(exc, package, is_exhausted=is_exhausted)
             if KEY_NAME in vars(request):
                 facts["idempotency_key"] = vars(request)[KEY_NAME]
             emit("run.failed", task=self, request=request, exc=exc, facts=facts)

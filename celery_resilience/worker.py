@@ -16,7 +16,7 @@ import click
 from celery import bootsteps, current_task, signals
 from celery.utils.imports import symbol_by_name
 
-from celery_resilience import _celery, _pools, draining
+from celery_resilience import _celery_worker, _pools, draining
 from celery_resilience.circuits.policy import State as CircuitState
 from celery_resilience.crashes.gate import Gate
 from celery_resilience.crashes.judge import CrashJudge
@@ -62,6 +62,7 @@ from celery_resilience.memory.watch import MemoryWatch
 from celery_resilience.message import SENT_AT, replay_of
 from celery_resilience.messages.warning import LargeMessages
 from celery_resilience.publisher import Publisher
+from celery_resilience.reasons import facts_of_failure
 from celery_resilience.redaction import safe_text
 from celery_resilience.sessions.task import Sessions
 from celery_resilience.shelf.bootstep import LAST_ANSWER_S, shelf_step
@@ -194,7 +195,7 @@ class WorkerSetup:
         Raises:
             ConfigurationError: The message says what is wrong, all at once.
         """
-        missing = _celery.missing_doors(_celery.CAPTURE_DOORS)
+        missing = _celery_worker.missing_doors(_celery_worker.CAPTURE_DOORS)
         if missing:
             raise ConfigurationError(
                 "this release of Celery lacks what celery-resilience needs to keep "
@@ -273,6 +274,7 @@ class WorkerSetup:
             starts=self.starts,
             keys=key_guard(installation),
             facts=self.deliveries.facts,
+            describe=facts_of_failure,
             is_ending=_is_ending,
             around=(
                 *tracing.around,
@@ -609,7 +611,7 @@ def rooms_around(installation: Installation, pool: Any) -> tuple[AroundBody, ...
     if mode == "off":
         return ()
     has_greenlets = _pools.is_greenlet_pool(pool)
-    _celery.keep_django_connections(installation.app, _runs_a_resilient_task)
+    _celery_worker.keep_django_connections(installation.app, _runs_a_resilient_task)
     return (Sessions(is_strict=mode == "strict", keeps=not has_greenlets),)
 
 
@@ -740,6 +742,7 @@ def prepare_spawned_child(installation: Installation, told: Mapping[str, Any]) -
         ),
         keys=key_guard(installation),
         facts=facts,
+        describe=facts_of_failure,
         is_ending=_is_ending,
         around=(
             *attach_tracing(
@@ -814,7 +817,7 @@ class ResilienceStep(bootsteps.Step):
 def _is_ending(exc: BaseException) -> bool:
     """An exception that ends the process, and is not the task's own."""
     return (
-        isinstance(exc, _celery.WORKER_EXITS)
+        isinstance(exc, _celery_worker.WORKER_EXITS)
         or (not isinstance(exc, Exception) and _pools.is_being_terminated())
         or type(exc).__module__.partition(".")[0] in ("gevent", "greenlet")
     )

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from celery_resilience import _celery
+from celery_resilience import _celery, _celery_worker
 from celery_resilience.errors import ResilienceError
 from celery_resilience.install import Installation
 from celery_resilience.task import ResilientTask
@@ -36,7 +36,7 @@ class WorkerWarnings:
     def sentences(self) -> list[str]:
         """What is weaker here than it should be."""
         found = []
-        weak_doors = _celery.missing_doors(_celery.OTHER_DOORS)
+        weak_doors = _celery_worker.missing_doors(_celery_worker.OTHER_DOORS)
         if weak_doors:
             found.append(
                 f"this release of Celery lacks {', '.join(weak_doors)}: "

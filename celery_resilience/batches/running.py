@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 from uuid import NAMESPACE_OID, uuid5
 
-from celery_resilience import _celery
+from celery_resilience import _celery_run
 from celery_resilience.batches.options import BatchOptions
 from celery_resilience.batches.stream import Checkpoint
 from celery_resilience.batches.surroundings import Surroundings
@@ -100,7 +100,7 @@ class BatchRun:
         now = self._clock()
         if self._next_progress_at is None:
             self._next_progress_at = now
-            if not _celery.stores_result(self._task, self._request):
+            if not _celery_run.stores_result(self._task, self._request):
                 self._next_progress_at = float("inf")
         if now < self._next_progress_at:
             return

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from celery_resilience._celery import (
+from celery_resilience._celery_worker import (
     has_yet_to_run,
     is_worker_stopping,
     requests_that_will_run,

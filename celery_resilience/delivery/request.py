@@ -21,7 +21,7 @@ from celery.exceptions import (
     WorkerLostError,
 )
 
-from celery_resilience import _celery, _pools
+from celery_resilience import _celery, _celery_worker, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformed_call
 from celery_resilience.delivery.settlement import (
@@ -44,9 +44,10 @@ from celery_resilience.errors import (
 from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
 from celery_resilience.message import HEADER, RETRY_WAIT, id_text, marks_of
-from celery_resilience.outcome import COUNTED, COUNTED_FACT, PAID_FACT, Outcome, Reason
+from celery_resilience.outcome import COUNTED, Outcome, Reason
 from celery_resilience.reasons import reason_of
 from celery_resilience.redaction import safe_text
+from celery_resilience.run_view import COUNTED_FACT, PAID_FACT
 
 logger = logging.getLogger("celery_resilience.delivery")
 
@@ -89,7 +90,7 @@ class ResilientRequest(SettlingRequest):
         """The pool reports that the run did not end in success."""
         if self.settled_as is not None:
             return
-        exc = _celery.exception_of(exc_info)
+        exc = _celery_worker.exception_of(exc_info)
         facts: dict[str, Any] = {}
         if isinstance(exc, Ignore | Reject | Retry):
             # Not for a later run of the same task id in this child.
@@ -103,7 +104,7 @@ class ResilientRequest(SettlingRequest):
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(exc, Snooze | SendAgain) and not self._can_come_again:
             once = BroadcastIsOnce(f"{exc.reason}: {BroadcastIsOnce.__doc__}")
-            self._fail(Reason.EXCEPTION, once, _celery.info_of(once))
+            self._fail(Reason.EXCEPTION, once, _celery_worker.info_of(once))
         elif isinstance(exc, Snooze):
             # Those of a circuit are counted by their age, and not with the others.
             is_own = not isinstance(exc, CircuitSnooze)
@@ -152,7 +153,7 @@ class ResilientRequest(SettlingRequest):
             super().on_timeout(soft, timeout)
         elif self.settled_as is None:
             exc = TimeLimitExceeded(timeout)
-            self._hard_limit(exc, _celery.info_of(exc))
+            self._hard_limit(exc, _celery_worker.info_of(exc))
 
     def reject(self, requeue: bool = False) -> None:
         """Celery gives the message up, perhaps before it ran."""
@@ -178,10 +179,10 @@ class ResilientRequest(SettlingRequest):
         try:
             super().cancel(pool, signal, emit_retry)
         except NotImplementedError:
-            if not _celery.is_interrupted_by_a_signal(pool):
+            if not _celery_worker.is_interrupted_by_a_signal(pool):
                 raise
             self._announce_cancelled(emit_retry=emit_retry)
-            raise _celery.worker_terminates() from None
+            raise _celery_worker.worker_terminates() from None
 
     def _announce_revoked(
         self, reason: str, terminated: bool, signum: Any, expired: bool
@@ -203,7 +204,7 @@ class ResilientRequest(SettlingRequest):
         if self._has_succeeded():
             return
         exc = WorkerLostError("cut off by the worker's cold stop")
-        self._fail(Reason.INTERRUPTED, exc, _celery.info_of(exc))
+        self._fail(Reason.INTERRUPTED, exc, _celery_worker.info_of(exc))
 
     # --- the ways in which a run ends ----------------------------------------------
 
@@ -226,7 +227,7 @@ class ResilientRequest(SettlingRequest):
             # may have died. This one has not: the count begins anew.
             marks = {"redeliveries": None, "alone": None}
             self._send_again(Outcome.REQUEUED, "rejected", 0.0, marks)
-            _celery.task_ready(self)
+            _celery_worker.task_ready(self)
             self.acknowledge()
             return
         if exc.requeue:
@@ -235,7 +236,7 @@ class ResilientRequest(SettlingRequest):
             return
         failure = failure_of_run(self, exc, exc_info, {})
         self._settle(Outcome.FAILED, Reason.REJECTED, failure, is_silent=True)
-        _celery.task_ready(self)
+        _celery_worker.task_ready(self)
         self._tell_celery(exc, exc_info)
         self.reject(requeue=False)
 
@@ -246,14 +247,14 @@ class ResilientRequest(SettlingRequest):
         if self.deliveries.is_stopping and late:
             # Unacknowledged: the broker delivers it again, and no crash is counted.
             self._settle(Outcome.REQUEUED, Reason.INTERRUPTED)
-            _celery.task_ready(self)
+            _celery_worker.task_ready(self)
         elif self.deliveries.is_stopping:
             self._fail(Reason.INTERRUPTED, exc, exc_info)
-        elif _celery.retries_on_worker_lost(self) and self._retry_worker_lost(
+        elif _celery_worker.retries_on_worker_lost(self) and self._retry_worker_lost(
             exc, exc_info
         ):
             self._settle(Outcome.RETRIED, Reason.WORKER_LOST)
-            _celery.task_ready(self)
+            _celery_worker.task_ready(self)
         elif late and self.task.reject_on_worker_lost is not False:
             self._crashed(Reason.WORKER_LOST, exc, exc_info)
         else:
@@ -262,7 +263,7 @@ class ResilientRequest(SettlingRequest):
     def _hard_limit(self, exc: TimeLimitExceeded, exc_info: ExceptionInfo) -> None:
         lost = _pools.died_before(self.worker_pid)
         if lost is not None:
-            self._worker_lost(lost, _celery.info_of(lost))
+            self._worker_lost(lost, _celery_worker.info_of(lost))
         elif self._has_succeeded():
             return
         elif self.task.acks_late and not _celery.is_acknowledged_on(
@@ -277,17 +278,17 @@ class ResilientRequest(SettlingRequest):
         if why.task != self.name:
             # That run has just ended, and this one had begun.
             lost = WorkerLostError(f"its child was ended for the run before it: {why}")
-            self._worker_lost(lost, _celery.info_of(lost))
+            self._worker_lost(lost, _celery_worker.info_of(lost))
         elif not self._has_succeeded():
             self.deliveries.ended_children.pop(self.worker_pid, None)
-            self._fail(Reason.MEMORY_LIMIT, why, _celery.info_of(why))
+            self._fail(Reason.MEMORY_LIMIT, why, _celery_worker.info_of(why))
 
     def _has_succeeded(self) -> bool:
         """Settle a run that was cut off after its success was stored."""
-        if not _celery.success_was_stored(self):
+        if not _celery_worker.success_was_stored(self):
             return False
         self.succeeded()
-        _celery.task_ready(self, successful=True)
+        _celery_worker.task_ready(self, successful=True)
         if self.task.acks_late:
             self.acknowledge()
         self.send_event("task-succeeded", result="", runtime=None)
@@ -317,7 +318,7 @@ class ResilientRequest(SettlingRequest):
         if self.task.has_key:
             marks["crashed"] = holder_name(self.worker_pid)
         self._send_again(Outcome.REQUEUED, reason, verdict.delay_s, marks)
-        _celery.task_ready(self)
+        _celery_worker.task_ready(self)
         self.acknowledge()
 
     def _fail_reported(
@@ -330,7 +331,7 @@ class ResilientRequest(SettlingRequest):
             Outcome.FAILED, reason, failure_of_run(self, exc, exc_info, facts), facts
         )
         if isinstance(exc, MemoryError):
-            exc_info = _celery.with_exception(exc_info, _for_celery(exc))
+            exc_info = _celery_worker.with_exception(exc_info, _for_celery(exc))
         super().on_failure(exc_info, send_failed_event, return_ok=True)
 
     def _fail(
@@ -340,7 +341,7 @@ class ResilientRequest(SettlingRequest):
         facts = self._take_facts()
         failure = failure_of_run(self, exc, exc_info, facts)
         self._settle(Outcome.FAILED, reason, failure, facts, is_silent=True)
-        _celery.task_ready(self)
+        _celery_worker.task_ready(self)
         has_hooks = reason in (Reason.HARD_TIME_LIMIT, Reason.MEMORY_LIMIT)
         self._tell_celery(_for_celery(exc), exc_info, has_hooks=has_hooks)
         if self.task.acks_late:
@@ -354,9 +355,9 @@ class ResilientRequest(SettlingRequest):
         self, exc: Exception, exc_info: ExceptionInfo, *, has_hooks: bool = False
     ) -> None:
         try:
-            _celery.fail_in_main(self, exc, exc_info)
+            _celery_worker.fail_in_main(self, exc, exc_info)
             if has_hooks:
-                _celery.call_failure_hooks(self, exc, exc_info)
+                _celery_worker.call_failure_hooks(self, exc, exc_info)
         except Exception:
             # A result backend that is away, or a hook that raises, must not
             # leave the message unacknowledged: the failure is kept already.
@@ -402,9 +403,9 @@ def _settling(on_success: Callable[..., None]) -> Callable[..., None]:
         if isinstance(result, ExceptionInfo):
             # threads, gevent and solo hand over a BaseException in place of the
             # three values (concurrency/base.py:41, Celery 5.7).
-            lost = _celery.exception_of(result)
+            lost = _celery_worker.exception_of(result)
             exc = lost.__context__ or lost
-            self.on_failure(_celery.with_exception(result, exc))
+            self.on_failure(_celery_worker.with_exception(result, exc))
             return
         if result[0]:
             self.on_failure(result[1], return_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Reject, Retry, TimeLimitExceeded, WorkerLostError
 
-from celery_resilience import _celery
+from celery_resilience import _celery_worker
 from celery_resilience.errors import MemoryLimitExceeded
 from celery_resilience.failure import (
     MAX_MESSAGE_CHARS,
@@ -155,7 +155,9 @@ def failure_of_run(
         cause = fingerprint_of("rejected", request._type, kind)
     else:
         described = describe(exc)
-        described["exception"] = _celery.wrapped_type(exc) or described["exception"]
+        described["exception"] = (
+            _celery_worker.wrapped_type(exc) or described["exception"]
+        )
         return failure_of(described, traceback)
     return Failure(kind, message, cause, traceback)
 
@@ -169,7 +171,7 @@ def reason_of_retry(
         return None, None, {"delay_s": exc.when}
     secrets = _shown_arguments(request).secrets
     error = mask(safe_text(why, MAX_MESSAGE_CHARS), secrets)
-    kind = _celery.wrapped_type(why) or type_name(type(why))
+    kind = _celery_worker.wrapped_type(why) or type_name(type(why))
     return kind, None, {"delay_s": exc.when, "error": error}
 
 

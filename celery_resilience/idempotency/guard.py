@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from celery_resilience import _celery
+from celery_resilience import _celery_run
 from celery_resilience.errors import AskAgain, RunInterrupted, Skip, StoreUnavailable
 from celery_resilience.events import emit
 from celery_resilience.holder import holder_name
@@ -102,9 +102,9 @@ class KeyGuard:
             is_in_canvas=bool(
                 request.chord or request.chain or request.callbacks or request.group
             ),
-            stores_result=_celery.stores_result(task, request),
+            stores_result=_celery_run.stores_result(task, request),
             backend=ResultBackend(task),
-            let_go=partial(_celery.let_canvas_go, request),
+            let_go=partial(_celery_run.let_canvas_go, request),
         )
 
     def begin(self, call: Call) -> KeyedRun:

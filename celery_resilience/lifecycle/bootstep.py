@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from celery import bootsteps
 
-from celery_resilience import _celery, _pools, threads
+from celery_resilience import _celery_worker, _pools, threads
 from celery_resilience._kombu import messages_in
 from celery_resilience.draining import SharedFlags, unshare
 from celery_resilience.events import emit, observe
@@ -198,7 +198,10 @@ class Lifecycle:
     def _look_at_count(self) -> None:
         limit = self.conditions.after_tasks
         # Those that are not resilient settle nothing, and are counted by Celery.
-        if limit is not None and max(self._closed, _celery.ended_tasks()) >= limit:
+        if (
+            limit is not None
+            and max(self._closed, _celery_worker.ended_tasks()) >= limit
+        ):
             self.stop(f"{limit} tasks")
 
     def _look_at_conditions(self) -> None:
@@ -212,10 +215,10 @@ class Lifecycle:
                 self.stop(f"{after_s:g} s")
             if not self.conditions.when_empty:
                 continue
-            before, accepted = accepted, _celery.accepted_tasks()
+            before, accepted = accepted, _celery_worker.accepted_tasks()
             is_idle = (
                 self._watch.is_connected
-                and not _celery.held_tasks()
+                and not _celery_worker.held_tasks()
                 and not self.waits_elsewhere()
                 and before == accepted
             )
@@ -224,8 +227,8 @@ class Lifecycle:
                 idle_s is not None
                 and is_idle_long_enough(idle_for_s=idle_s, was_ever_busy=bool(accepted))
                 and self._are_queues_empty()
-                and not _celery.held_tasks()
-                and accepted == _celery.accepted_tasks()
+                and not _celery_worker.held_tasks()
+                and accepted == _celery_worker.accepted_tasks()
             ):
                 self.stop("its queues are empty")
 
@@ -263,7 +266,7 @@ class Lifecycle:
     def stop(self, why: str, code: int = 0) -> None:
         """End the worker; of any thread."""
         self.begin(why, code)
-        _celery.ask_to_stop()
+        _celery_worker.ask_to_stop()
 
     def _begun(self) -> None:
         self.flags.drain()
@@ -308,7 +311,7 @@ class Lifecycle:
 
     def _is_ending(self) -> bool:
         """Celery cuts off at a cold stop before it says that there is one."""
-        return self.drain.has_begun.is_set() or _celery.is_in_a_signals_handler()
+        return self.drain.has_begun.is_set() or _celery_worker.is_in_a_signals_handler()
 
     def _given_up(self, **_: Any) -> None:
         self.drain.cut_off(is_put_back=False)
@@ -320,7 +323,7 @@ class Lifecycle:
 
     def running(self) -> int:
         """How many tasks run."""
-        return _celery.running_tasks()
+        return _celery_worker.running_tasks()
 
     def interrupt(self) -> bool:
         """Cut off what runs; True where it goes on until the process ends."""
@@ -330,16 +333,16 @@ class Lifecycle:
             else:
                 self._cut_off()
             return False
-        for request in _celery.running_requests():
+        for request in _celery_worker.running_requests():
             self._count_plain(request)
-            _celery.cut_off_from_outside(request)
+            _celery_worker.cut_off_from_outside(request)
         self.worker.consumer.shutdown()
         return True
 
     def _cut_off(self) -> None:
-        for request in _celery.running_requests():
+        for request in _celery_worker.running_requests():
             self._count_plain(request)
-        _celery.cut_off_running(self.worker.consumer)
+        _celery_worker.cut_off_running(self.worker.consumer)
 
     def _count_plain(self, request: Any) -> None:
         """A task that is not resilient settles nothing."""

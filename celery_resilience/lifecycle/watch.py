@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from celery_resilience import _celery, _pools
+from celery_resilience import _celery_worker, _pools
 from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
 from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.redaction import safe_text
@@ -60,12 +60,12 @@ class HealthWatch:
             self._turned()
         else:
             consumer.call_soon(self._turned)
-        accepted = _celery.accepted_tasks()
+        accepted = _celery_worker.accepted_tasks()
         try:
-            waiting = _celery.unaccepted_requests() - self._waiting_at_gate()
+            waiting = _celery_worker.unaccepted_requests() - self._waiting_at_gate()
         except RuntimeError:
             waiting = set()  # they change, so that something goes on
-        is_free = _celery.running_tasks() < pool.num_processes
+        is_free = _celery_worker.running_tasks() < pool.num_processes
         waits = bool(waiting) and is_free and accepted == self._accepted
         self._accepted = accepted
         self._waits_s = self._waits.look(waits, time.monotonic())
@@ -97,7 +97,9 @@ class HealthWatch:
     def seen(self) -> Seen:
         """What is seen now; of any thread."""
         pool = self._lifecycle.worker.pool
-        held_up = not _pools.is_event_loop_prefork(pool) and _celery.running_tasks()
+        held_up = (
+            not _pools.is_event_loop_prefork(pool) and _celery_worker.running_tasks()
+        )
         pids = _pools.children_of(pool)
         return Seen(
             is_draining=self._lifecycle.drain.has_begun.is_set(),
@@ -125,6 +127,6 @@ class HealthWatch:
             "draining": seen.is_draining,
             "connected": seen.is_connected,
             "children": seen.children,
-            "running": _celery.running_tasks(),
-            "held": _celery.held_tasks(),
+            "running": _celery_worker.running_tasks(),
+            "held": _celery_worker.held_tasks(),
         }

@@ -20,7 +20,6 @@ from celery_resilience.errors import (
 from celery_resilience.events import emit
 from celery_resilience.failure import type_name
 from celery_resilience.message import HEADER, RETRY, RETRY_WAIT, id_text, marks_of
-from celery_resilience.outcome import PAID_FACT
 from celery_resilience.retries.budgets import Budgets
 from celery_resilience.retries.policy import Again, History, decide
 from celery_resilience.retries.rules import (
@@ -32,7 +31,7 @@ from celery_resilience.retries.rules import (
     wrong_rules,
 )
 from celery_resilience.retry_after import retry_after_of
-from celery_resilience.run_view import RUN_FACTS
+from celery_resilience.run_view import PAID_FACT, RUN_FACTS
 from celery_resilience.soft_limit import soft_limit_deferred
 
 #: Why a message with a retry is snoozed.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from celery import bootsteps
 
-from celery_resilience import _celery, _kombu, _pools
+from celery_resilience import _celery_worker, _kombu, _pools
 from celery_resilience.draining import is_draining
 from celery_resilience.events import observe
 from celery_resilience.telemetry import instruments as i
@@ -109,7 +109,7 @@ class WorkerMetrics:
         for instrument, look in (
             (i.ACTIVE, self._active),
             (i.OLDEST_ACTIVE, _oldest_active),
-            (i.BUSY, lambda: [((), float(_celery.running_tasks()))]),
+            (i.BUSY, lambda: [((), float(_celery_worker.running_tasks()))]),
             (i.SLOTS, self._slots),
             (i.DRAINING, lambda: [((), float(is_draining()))]),
             (i.STARTED, lambda: [((version("celery-resilience"),), started_at)]),
@@ -200,7 +200,7 @@ class WorkerMetrics:
     # --- what is looked at ---------------------------------------------------------------
 
     def _active(self) -> Iterator[tuple[Labels, float]]:
-        running = Counter(request.name for request in _celery.running_requests())
+        running = Counter(request.name for request in _celery_worker.running_requests())
         for task in {*self.metrics.tasks, *running}:
             yield (task,), float(running[task])
 
@@ -305,7 +305,7 @@ def _ask_circuits(circuits: Callable[[], Mapping[str, str]]) -> Answer:
 def _oldest_active() -> Iterator[tuple[Labels, float]]:
     now = time.time()
     oldest: dict[str, float] = {}
-    for request in _celery.running_requests():
+    for request in _celery_worker.running_requests():
         if request.time_start is not None:
             age_s = max(0.0, now - request.time_start)
             oldest[request.name] = max(age_s, oldest.get(request.name, 0.0))

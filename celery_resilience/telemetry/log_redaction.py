@@ -11,12 +11,8 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from celery_resilience._celery import (
-    LOG_IGNORED,
-    LOG_RETRY,
-    quoting_lines,
-    running,
-)
+from celery_resilience._celery import running
+from celery_resilience._celery_worker import LOG_IGNORED, LOG_RETRY, quoting_lines
 from celery_resilience.redaction import MASK, mask, safe_text, show_arguments
 
 #: The loggers by which Celery tells of a task or quotes a message.

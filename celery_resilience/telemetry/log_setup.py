@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from celery_resilience._celery import is_own_formatter
+from celery_resilience._celery_worker import is_own_formatter
 from celery_resilience.telemetry.binding import bind_handlers, handlers
 from celery_resilience.telemetry.log import outcome_logger
 from celery_resilience.telemetry.log_format import LineFormatter

@@ -42,6 +42,8 @@ MEETING = {
         "publisher.py",
         "serialization.py",
         "_celery.py",
+        "_celery_run.py",
+        "_celery_worker.py",
         "_pools.py",
         "_kombu.py",
         "_kombu_redis.py",
@@ -50,7 +52,8 @@ MEETING = {
 CELERY = {"celery", "kombu", "billiard", "amqp", "vine"}
 
 #: Where undocumented names are wrapped.
-WRAPPERS = {"_celery.py", "_pools.py", "_kombu.py", "_kombu_redis.py"}
+WRAPPERS = {"_celery.py", "_celery_run.py", "_celery_worker.py"}
+WRAPPERS |= {"_pools.py", "_kombu.py", "_kombu_redis.py"}
 
 #: Optional libraries, and the words of a file's name that stand for each.
 OPTIONAL = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from celery_resilience.errors import KeyMismatch, MemoryLimitExceeded
+from celery_resilience.errors import CircuitIsOpen, KeyMismatch, MemoryLimitExceeded
 from celery_resilience.outcome import Outcome, Reason, Settlement
-from celery_resilience.reasons import reason_of
+from celery_resilience.reasons import facts_of_failure, reason_of
 
 
 def test_our_own_exceptions_say_it_themselves() -> None:
@@ -14,6 +14,19 @@ def test_our_own_exceptions_say_it_themselves() -> None:
     assert reason_of(ValueError()) == Reason.EXCEPTION
     limit = MemoryLimitExceeded.__new__(MemoryLimitExceeded)
     assert reason_of(limit) == Reason.MEMORY_LIMIT
+
+
+def test_a_child_tells_the_reason_that_only_it_knows() -> None:
+    """An ordinary exception has none to tell; an open circuit is one after all retries."""
+    plain = facts_of_failure(ValueError("no"), "shop", is_exhausted=False)
+    exhausted = facts_of_failure(ValueError("no"), "shop", is_exhausted=True)
+    is_open = CircuitIsOpen.__new__(CircuitIsOpen)
+
+    assert set(plain) == {"exception", "message", "fingerprint"}
+    assert exhausted == {**plain, "reason": Reason.RETRIES_EXHAUSTED}
+    for is_exhausted in (False, True):
+        facts = facts_of_failure(is_open, "shop", is_exhausted=is_exhausted)
+        assert facts["reason"] == Reason.CIRCUIT_OPEN
 
 
 def test_a_settlement_knows_its_trace_and_key() -> None:

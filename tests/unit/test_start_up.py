@@ -51,3 +51,60 @@ def test_a_library_is_imported_where_it_is_used(tmp_path: Path, unused: str) -> 
     )
 
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+#: What a process that only sends has no use for, but for what Celery imports itself.
+WORKERS_ONLY = [
+    "billiard.pool",
+    "celery.app.trace",
+    "celery.concurrency.asynpool",
+    "celery.concurrency.solo",
+    "celery.worker",
+    "celery.worker.request",
+    "celery_resilience.failure",
+    "celery_resilience.outcome",
+    "kombu.transport.virtual",
+]
+
+IMPORTS = "from celery_resilience import Resilience, ResilientTask"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", IMPORTS),
+        (
+            "from celery import Celery; Celery('plain').tasks",
+            f"""
+            {IMPORTS}
+
+            app = Celery("shop")
+            Resilience(app)
+
+            @app.task(base=ResilientTask)
+            def ship(): ...
+
+            ship.name
+            """,
+        ),
+    ],
+    ids=["import", "app"],
+)
+def test_a_sender_imports_nothing_of_a_workers(before: str, after: str) -> None:
+    """Neither its pools and requests, nor the transports of a broker that it has not."""
+    source = f"""
+import sys
+{textwrap.dedent(before)}
+celerys_own = set(sys.modules)
+{textwrap.dedent(after)}
+print(sorted(set(sys.argv[1:]) & set(sys.modules) - celerys_own))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source, *WORKERS_ONLY],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert (done.stdout, done.stderr) == ("[]\n", "")

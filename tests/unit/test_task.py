@@ -24,6 +24,7 @@ from celery_resilience import (
     soft_limit,
 )
 from celery_resilience.message import HEADER
+from celery_resilience.reasons import facts_of_failure
 from celery_resilience.soft_limit import soft_limit_deferred
 
 
@@ -406,7 +407,11 @@ def test_a_soft_limit_hides_no_retry_that_was_sent(
         task._installation,
         "child",
         SimpleNamespace(
-            facts=facts, around=(room,), give_way=None, is_ending=lambda exc: False
+            facts=facts,
+            describe=facts_of_failure,
+            around=(room,),
+            give_way=None,
+            is_ending=lambda exc: False,
         ),
     )
     monkeypatch.setattr(

@@ -12,7 +12,7 @@ import pytest
 from celery.worker import state
 from polling import eventually
 
-from celery_resilience import _celery, draining
+from celery_resilience import _celery_worker, draining
 from celery_resilience.draining import SharedFlags
 from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.lifecycle.signals import WAIT_S, kill, shielded
@@ -149,7 +149,7 @@ def test_a_warm_stop_is_a_stop(
     """Its exit code is 0, which is no False."""
     monkeypatch.setattr(state, name, asked)
 
-    assert _celery.is_worker_stopping() is is_stopping
+    assert _celery_worker.is_worker_stopping() is is_stopping
 
 
 def test_to_ask_for_a_stop_does_not_undo_a_cold_one(
@@ -158,9 +158,9 @@ def test_to_ask_for_a_stop_does_not_undo_a_cold_one(
     """It asks once."""
     monkeypatch.setattr(state, "should_stop", None)
     monkeypatch.setattr(state, "should_terminate", True)
-    _celery.ask_to_stop()
+    _celery_worker.ask_to_stop()
     assert state.should_stop is None
 
     monkeypatch.setattr(state, "should_terminate", None)
-    _celery.ask_to_stop()
+    _celery_worker.ask_to_stop()
     assert state.should_stop == 0

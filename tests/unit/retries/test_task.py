@@ -31,11 +31,10 @@ from celery_resilience.errors import (
 )
 from celery_resilience.failed.record import tried_again
 from celery_resilience.message import HEADER, KEY
-from celery_resilience.outcome import PAID_FACT
 from celery_resilience.retries.budgets import Budgets
 from celery_resilience.retries.options import BudgetOptions
 from celery_resilience.retries.task import TaskRules
-from celery_resilience.run_view import RUN_FACTS
+from celery_resilience.run_view import PAID_FACT, RUN_FACTS
 from celery_resilience.task import EXHAUSTED
 
 MAX_WAIT_S = 30.0

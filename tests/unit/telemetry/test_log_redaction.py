@@ -16,7 +16,7 @@ from celery.worker.consumer import consumer
 from unit.log_records import recorded
 
 from celery_resilience import Resilience, ResilientTask
-from celery_resilience._celery import quoting_lines
+from celery_resilience._celery_worker import quoting_lines
 from celery_resilience.task import parameters_of
 from celery_resilience.telemetry.log_redaction import (
     LOGGERS,
