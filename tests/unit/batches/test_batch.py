@@ -569,6 +569,19 @@ def test_failed_items_are_kept_before_their_place_is_saved() -> None:
     assert counts(made) == (4, 2, 2)
 
 
+@pytest.mark.parametrize("item", [{"id": 1}, Named("a1")], ids=["field", "attribute"])
+def test_a_key_that_no_item_has_is_told(item: Any) -> None:
+    """It is the batch that is wrong: a bare KeyError might be any line of the body's."""
+    shelf = Shelf()
+    keep = {"keep": Inbox(shelf).keep}
+    made = begun(shelf, keep, key="idd", keep_failed=print)
+    said = "batch 'rows': key='idd' names no attribute or field of its items"
+    with pytest.raises(ConfigurationError, match=said):
+        work(made, [item], lambda item: ValueError())
+
+    assert shelf.saved is None
+
+
 # --- threads ----------------------------------------------------------------------------
 
 CARRIED: ContextVar[str] = ContextVar("CARRIED", default="")
