@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery_resilience.draining import is_draining
+from celery_resilience.known_words import known_words
 
 if TYPE_CHECKING:
     from celery_resilience.batches.batch import Batch
@@ -144,6 +145,7 @@ class RunView:
             self._request, source, key=key, size=size, name=name, session=session
         )
 
+    @known_words("batch")
     def batch(
         self,
         name: str,
