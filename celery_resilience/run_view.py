@@ -82,6 +82,10 @@ class RunView:
         """
         Put *value* into a histogram of the worker, otherwise as `count`.
 
+        Args:
+            name, labels: As for `count`.
+            value: It may be negative; what is not finite is not taken, and told once.
+
         Raises:
             ConfigurationError: The name, a label or the type of the value is none.
         """
