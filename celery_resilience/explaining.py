@@ -43,12 +43,14 @@ def explain_app(app: Any) -> list[TaskExplained]:
     What adopting changes, or has changed, for each task of *app*, by name.
 
     Raises:
-        ConfigurationError: A setting is wrong.
+        ConfigurationError: A setting is wrong, or an option of a circuit or a retry
+            budget in one.
     """
     app.loader.import_default_modules()
     app.finalize()
     tasks = [app.tasks[name] for name in sorted(app.tasks)]
     installation = installed_or_new(app)
+    installation.check_late_options()
     facts = app_facts(app, installation)
     return [
         explain_task(task_facts(task, installation), facts)

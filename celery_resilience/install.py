@@ -387,6 +387,20 @@ class Installation:
             for name, options in self.settings.circuits
         }
 
+    def check_late_options(self) -> None:
+        """
+        Read what else is read where a circuit or a retry budget is first used.
+
+        Raises:
+            ConfigurationError: An option of one is wrong, or a probe is no function.
+        """
+        self.budget_options()
+        circuits = self.circuit_options()
+        if circuits:
+            from celery_resilience.circuits.probing import check_probes
+
+            check_probes(circuits)
+
     def task_circuit(self, task: type[ResilientTask]) -> TaskCircuit | None:
         """
         The circuit around *task*; None where it has none.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery_resilience.draining import is_draining
+from celery_resilience.known_words import known_words
 
 if TYPE_CHECKING:
     from celery_resilience.batches.batch import Batch
@@ -85,6 +86,10 @@ class RunView:
         """
         Put *value* into a histogram of the worker, otherwise as `count`.
 
+        Args:
+            name, labels: As for `count`.
+            value: It may be negative; what is not finite is not taken, and told once.
+
         Raises:
             ConfigurationError: The name, a label or the type of the value is none.
         """
@@ -148,6 +153,7 @@ class RunView:
             self._request, source, key=key, size=size, name=name, session=session
         )
 
+    @known_words("batch")
     def batch(
         self,
         name: str,

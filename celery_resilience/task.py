@@ -824,7 +824,10 @@ def check_options(
     # Without asking for their values: a class property of Celery's binds the class.
     known = {name for base in ResilientTask.__mro__ for name in vars(base)}
     wrong = wrong_options(task, known)
-    for name, meant in nearly_options(task.own_options - known):
+    # Celery binds a task again when its app is finalized.
+    is_again = "_keys" in vars(task)
+    own = {name: vars(task).get(name) for name in task.own_options - known}
+    for name, meant in () if is_again else nearly_options(own):
         logger.warning(
             "task %s has %s, which is none of our options: %s is",
             task.name,
@@ -846,8 +849,7 @@ def check_options(
         wrong.append(str(exc))
     if wrong:
         raise ConfigurationError(f"task {task.name}: {'; '.join(wrong)}")
-    # Celery binds a task again when its app is finalized.
-    found = None if task._rules is not None else rules
+    found = None if is_again else rules
     for name in () if found is None else found.idle_autoretries(task):
         logger.warning(
             "task %s has autoretry_for = %s, which its retry_rules decide: it is never "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -82,6 +83,29 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _is_circuit(value: Any) -> bool:
+    # It imports redis-py, which not every fleet needs.
+    pybreaker: Any = sys.modules.get("pybreaker")
+    return (isinstance(value, str) and value != "") or (
+        pybreaker is not None and isinstance(value, pybreaker.CircuitBreaker)
+    )
+
+
+#: Whether a value is one of an option with whose name an app's own may be confused: then
+#: it is a mistake, and else the app's own.
+_NEARLY: Mapping[str, Callable[[Any], bool]] = {
+    "redact": _is_names,
+    "circuit": _is_circuit,
+    "if_circuit_open": lambda value: (
+        callable(value)
+        or (isinstance(value, str) and value in ("snooze", "pause", "fail"))
+    ),
+}
+
+#: What is written for an option, and not like it enough to be taken for a slip.
+_SHORT = {"if_open": "if_circuit_open"}
+
+
 def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     """
     What a task says that nobody reads, and that is nearly an option of ours.
@@ -89,11 +113,19 @@ def misspelt_options(task: type[Any], known: Iterable[str]) -> list[str]:
     Args:
         known: The names that its base classes have.
     """
+    said = {name: value for name, value in vars(task).items() if name not in known}
+    meant = {name: _meant_by(name) or _confused_with(name, said[name]) for name in said}
     return [
-        f"unknown option {name}, did you mean {meant}?"
-        for name in vars(task)
-        if name not in known and (meant := _meant_by(name)) is not None
+        f"unknown option {name}, did you mean {option}?"
+        for name, option in meant.items()
+        if option is not None
     ]
+
+
+def _confused_with(name: str, value: Any) -> str | None:
+    """The option of ours that *name* is near, if the value is one of it."""
+    option = _near(name)
+    return option if option is not None and _NEARLY[option](value) else None
 
 
 @lru_cache(maxsize=1_000)  # the tasks of an app have the same few
@@ -106,22 +138,35 @@ def _meant_by(name: str) -> str | None:
     return None
 
 
-def nearly_options(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Those of *names* that may be the app's own, each with the option it is near."""
+def nearly_options(own: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """
+    Those names that may be the app's own, each with the option that it is near.
+
+    Args:
+        own: What a task says itself, by the names.
+    """
     return [
         (name, option)
-        for name in sorted(names)
-        for option in TaskOptions.__annotations__
-        if name != option and _is_of_one_word(name, option)
+        for name, value in sorted(own.items(), key=lambda said: said[0])
+        if (option := _near(name)) is not None and not _NEARLY[option](value)
     ]
+
+
+@lru_cache(maxsize=1_000)
+def _near(name: str) -> str | None:
+    """The option of ours that *name* is near, though it may be the app's own."""
+    for option in TaskOptions.__annotations__:
+        if name != option and _is_of_one_word(name, option):
+            return option
+    return _SHORT.get(name)
 
 
 def _is_of_one_word(name: str, option: str) -> bool:
     """
     Whether *name* has the word of an option with an ending, as `redacted` has.
 
-    An app may well call something of its own so; of an option of several words it is
-    a mistake.
+    An app may well call something of its own so, whose value tells; of an option of
+    several words it is a mistake.
     """
     return (
         "_" not in option and name.startswith(option) and len(name) <= len(option) + 3

@@ -220,12 +220,7 @@ class WorkerSetup:
                 f"--collect-failed needs a store, and there is none: {choice.why}"
             )
         self.installation.check_store()
-        self.installation.budget_options()
-        circuits = self.installation.circuit_options()
-        if circuits:
-            from celery_resilience.circuits.probing import check_probes
-
-            check_probes(circuits)
+        self.installation.check_late_options()
         spool = self.installation.settings.spool_dir
         if spool is not None:
             Spool(spool).check()

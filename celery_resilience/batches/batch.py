@@ -424,7 +424,13 @@ class Batch:
         if callable(key):
             return key(item)
         name = "id" if key is None else key
-        return item[name] if isinstance(item, Mapping) else getattr(item, name)
+        try:
+            return item[name] if isinstance(item, Mapping) else getattr(item, name)
+        except (KeyError, AttributeError) as exc:
+            raise ConfigurationError(
+                f"batch {self.name!r}: key={name!r} names no attribute or field of its "
+                f"items, which are of type {type_name(type(item))}"
+            ) from exc
 
     def _id_of(self, item: Any) -> str:
         """What names an item in a report: its key, or its number."""

@@ -90,8 +90,12 @@ class BatchOptions:
         )
         self._check(
             "keep_failed",
-            self.keep_failed is None or callable(self.keep_failed),
-            "a callable that takes an item's key and returns a signature, or None",
+            # Called, a task or a signature runs the body here.
+            self.keep_failed is None
+            or (callable(self.keep_failed) and not _is_sent(self.keep_failed)),
+            "a callable that takes an item's key and returns a signature, such as "
+            f"keep_failed={getattr(self.keep_failed, '__name__', 'enrich_row')}.s, or "
+            "None",
         )
         if self.keep_failed is not None and self.key is None:
             raise ConfigurationError(
@@ -134,3 +138,8 @@ def _is_whole(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return _is_whole(value) and value >= 1
+
+
+def _is_sent(value: Any) -> bool:
+    """Whether it is a task, or a signature of one."""
+    return hasattr(value, "apply_async")

@@ -14,8 +14,10 @@ from celery_resilience.batches.options import (
     ErrorTypes,
 )
 from celery_resilience.batches.surroundings import Surroundings
+from celery_resilience.known_words import known_words
 
 
+@known_words("batch")
 def batch(
     name: str,
     *,

@@ -153,7 +153,10 @@ class Lifecycle:
             self._servers.append(server)
         if self._pages_address not in (None, self._address):
             assert self._pages_address is not None
-            server = HealthServer(self._pages_address, {}, dict, shown, "metrics_port")
+            others = {} if self._address is None else {"health_port": self._address}
+            server = HealthServer(
+                self._pages_address, {}, dict, shown, "metrics_port", others
+            )
             self._servers.append(server)
 
     def forked(self) -> None:

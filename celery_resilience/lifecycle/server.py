@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 from celery_resilience.errors import ConfigurationError
@@ -36,6 +38,7 @@ class HealthServer:
         facts: Told beside each answer.
         pages: What others show, by its path.
         setting: By which the address was given.
+        others: Addresses that this worker listens on already, by their settings.
 
     Raises:
         ConfigurationError: The address is taken, or is none of this host.
@@ -48,6 +51,7 @@ class HealthServer:
         facts: Callable[[], dict[str, Any]],
         pages: Pages | None = None,
         setting: str = "health_port",
+        others: Mapping[str, tuple[str, int]] = MappingProxyType({}),
     ) -> None:
         shown = {"answers": answers, "facts": facts, "pages": pages or {}}
         handler = type("Handler", (_Handler,), shown)
@@ -55,9 +59,15 @@ class HealthServer:
         try:
             listening = _listen(host, port)
         except OSError as exc:
-            raise ConfigurationError(
-                f"resilience_{setting}: cannot listen on {host or '*'}:{port}: {exc}"
-            ) from exc
+            said = f"resilience_{setting}: cannot listen on {host or '*'}:{port}: {exc}"
+            for other, (its_host, its_port) in others.items():
+                if its_port == port and exc.errno == errno.EADDRINUSE:
+                    said += (
+                        f": resilience_{other} has the port, on {its_host or '*'}; give "
+                        "both the same address, and one server answers for both, or "
+                        "another port"
+                    )
+            raise ConfigurationError(said) from exc
         self._server = _Server(("", 0), handler, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = listening

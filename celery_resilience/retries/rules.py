@@ -13,6 +13,7 @@ from math import isfinite
 from typing import Any
 
 from celery_resilience.errors import CONTROL_FLOW, NAMED_ONLY, ConfigurationError
+from celery_resilience.known_words import known_words
 
 #: An exception, or its name: "requests.ConnectionError", or without a module.
 Named = type[Exception] | str
@@ -40,6 +41,7 @@ class Rule:
 
     __slots__ = ("exceptions", "key")
 
+    @known_words()
     def __init__(self, *exceptions: Named) -> None:
         if not exceptions:
             raise ConfigurationError(f"{self._title}() needs at least one exception")
@@ -104,6 +106,7 @@ class On(Rule):
 
     __slots__ = ("attempts", "backoff_s", "budget", "deadline_s")
 
+    @known_words()
     def __init__(
         self,
         *exceptions: Named,

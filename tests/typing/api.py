@@ -270,6 +270,8 @@ def wrong_calls(order_id: int) -> None:
     FailedTasks(app).replay(dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     FailedTasks(app).list(limit="50")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     On(OSError, attempt=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Never(OSError, attempts=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    batch("rows", skp=())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     On(KeyboardInterrupt)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Snooze("soon")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Snooze()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -402,6 +402,32 @@ def test_without_an_app_there_is_nothing_to_explain() -> None:
         Resilience().explain()
 
 
+@pytest.mark.parametrize(
+    ("setting", "options", "said"),
+    [
+        (
+            "resilience_circuits",
+            {"probs": 3},
+            "resilience_circuits: p: unknown option probs, did you mean probes?",
+        ),
+        (
+            "resilience_retry_budgets",
+            {"share": 2},
+            "resilience_retry_budgets: p: share must be a number from 0 to 1, got 2",
+        ),
+    ],
+)
+def test_what_a_worker_refuses_at_its_start_is_refused(
+    capsys: pytest.CaptureFixture[str], setting: str, options: Any, said: str
+) -> None:
+    """Options in a setting are read late elsewhere, and no task need name them."""
+    app = an_app(**{setting: {"p": options}})
+    app.task(name="mail", shared=False)(body)
+
+    assert run(app, "table") == 2
+    assert capsys.readouterr().err == f"{said}\n"
+
+
 def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """With the exit code of the other commands, and its name."""
     app = an_app(resilience_max_crashes=0)

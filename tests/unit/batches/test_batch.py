@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pybreaker
 import pytest
+from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -568,6 +569,19 @@ def test_failed_items_are_kept_before_their_place_is_saved() -> None:
     assert counts(made) == (4, 2, 2)
 
 
+@pytest.mark.parametrize("item", [{"id": 1}, Named("a1")], ids=["field", "attribute"])
+def test_a_key_that_no_item_has_is_told(item: Any) -> None:
+    """It is the batch that is wrong: a bare KeyError might be any line of the body's."""
+    shelf = Shelf()
+    keep = {"keep": Inbox(shelf).keep}
+    made = begun(shelf, keep, key="idd", keep_failed=print)
+    said = "batch 'rows': key='idd' names no attribute or field of its items"
+    with pytest.raises(ConfigurationError, match=said):
+        work(made, [item], lambda item: ValueError())
+
+    assert shelf.saved is None
+
+
 # --- threads ----------------------------------------------------------------------------
 
 CARRIED: ContextVar[str] = ContextVar("CARRIED", default="")
@@ -739,6 +753,15 @@ def test_what_is_raised_beside_the_items_commits_nothing(engine: Engine) -> None
 # --- what is refused --------------------------------------------------------------------
 
 
+@Celery("shop", set_as_current=False).task(shared=False)
+def enrich_one(key: int) -> None:
+    """The body of a task, which no batch may run."""
+    raise AssertionError(key)
+
+
+AS_SIGNATURE = r"such as keep_failed=enrich_one\.s, or None, got <@task: "
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -756,6 +779,11 @@ def test_what_is_raised_beside_the_items_commits_nothing(engine: Engine) -> None
         ({"session": "s"}, "session must be a Session of SQLAlchemy's"),
         ({"keep_failed": "t", "key": "id"}, "keep_failed must be a callable"),
         ({"keep_failed": print}, "keep_failed needs key="),
+        ({"keep_failed": enrich_one.s(), "key": int}, "keep_failed must be a callable"),
+        (
+            {"keep_failed": enrich_one, "key": int},
+            f"keep_failed must .* {AS_SIGNATURE}",
+        ),
     ],
     ids=lambda words: next(iter(words)) if isinstance(words, dict) else "",
 )

@@ -24,6 +24,7 @@ from celery_resilience import (
 from celery_resilience._celery import message_of
 from celery_resilience.batches.options import BatchOptions
 from celery_resilience.batches.task import BATCHES, Streams
+from celery_resilience.install import installation_of
 from celery_resilience.run_view import RUN_FACTS, RunView
 
 
@@ -296,6 +297,20 @@ def test_every_way_to_begin_one_has_the_same_defaults(function: Any) -> None:
 
     assert named == {name: defaults[name] for name in named}
     assert defaults.keys() - named.keys() <= {"name", "keep_failed"}
+
+
+def test_a_misspelt_word_is_a_wrong_option(shop: Shop) -> None:
+    """The same error as for a wrong value, with the word that is meant."""
+    view = RunView(None, installation_of(shop.app))
+    begin: Any
+    for begin in (view.batch, celery_resilience.batch):
+        said = (
+            r"batch\(\): unknown option chunks, did you mean chunk\? \(it takes key, "
+        )
+        with pytest.raises(ConfigurationError, match=said):
+            begin("rows", chunks=3)
+        with pytest.raises(ConfigurationError, match=r"unknown option skp, .* skip"):
+            begin(name="rows", skp=())
 
 
 # --- the message of an item's task ------------------------------------------------------

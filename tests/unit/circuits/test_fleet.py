@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from threading import Event, Thread
 from typing import Any
 
@@ -20,10 +21,11 @@ from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.circuits.memory_store import MemoryCircuitStore
 from celery_resilience.circuits.options import CircuitOptions
 from celery_resilience.circuits.page import SLOT, Note, Page
-from celery_resilience.circuits.policy import Entry, Position
+from celery_resilience.circuits.policy import Entry, Forced, Position, State
 from celery_resilience.circuits.probing import check_probes
 from celery_resilience.circuits.redis_store import LIMITS, RedisCircuitStore
 from celery_resilience.circuits.store import Answer, Stored
+from celery_resilience.circuits.telling import tell_change
 from celery_resilience.deadline import answer_within
 from celery_resilience.errors import ConfigurationError, StoreUnavailable
 from celery_resilience.events import observe
@@ -334,6 +336,53 @@ def test_a_probe_that_is_no_function_is_refused_at_start(name: str, said: str) -
     """With the circuit and the name."""
     with pytest.raises(ConfigurationError, match=f"bank: probe.*{said}"):
         check_probes({"bank": CircuitOptions(probe=name)})
+
+
+# --- what is told ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("forced_s", "said"),
+    [
+        (
+            600.0,
+            [
+                "circuit bank would have opened for 20.0 s",
+                "circuit bank would be half-open",
+                "circuit bank would have closed",
+            ],
+        ),
+        (
+            0.0,
+            [
+                "circuit bank opened for 20.0 s",
+                "circuit bank is half-open",
+                "circuit bank closed",
+            ],
+        ),
+    ],
+    ids=["shadow", "no more"],
+)
+def test_a_shadow_says_what_would_have_been(
+    store: CountingStore,
+    caplog: pytest.LogCaptureFixture,
+    forced_s: float,
+    said: list[str],
+) -> None:
+    """For nothing is refused there; and what is, once that has lapsed."""
+    circuit = process(store)
+    circuit.look()
+    now = circuit.store_now()
+    shut = policy.forced(State(), Forced.SHADOW, now=now, for_s=forced_s)
+    opened = replace(shut, position=Position.OPEN, opened_at=now, retry_at=now + 20)
+
+    with caplog.at_level("INFO", "celery_resilience.circuits"):
+        tell_change(circuit, shut, opened)
+        half_open = replace(opened, position=Position.HALF_OPEN)
+        tell_change(circuit, opened, half_open)
+        tell_change(circuit, half_open, shut)
+
+    assert caplog.messages == said
 
 
 # --- without a store ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pybreaker
 import pytest
 from celery import Celery
 
@@ -113,15 +114,43 @@ def test_a_misspelt_option_is_refused(name: str, meant: str) -> None:
         registered(**{name: "x"})
 
 
-@pytest.mark.parametrize("name", ["circuits", "redacted", "redactor"])
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("circuits", ["bank"], "circuit"),
+        ("circuits", None, "circuit"),
+        ("redacted", "x", "redact"),
+        ("redactor", len, "redact"),
+        ("if_open", True, "if_circuit_open"),
+    ],
+)
 def test_a_name_that_an_app_may_have_for_something_else_is_its_own(
-    name: str, caplog: pytest.LogCaptureFixture
+    name: str, value: Any, meant: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One is told beside which option of ours it stands."""
-    assert getattr(registered(**{name: "x"}), name) == "x"
+    """One is told beside which option of ours it stands, once."""
+    assert vars(type(registered(**{name: value})))[name] is value
 
-    said = f"task shop.charge has {name}, which is none of our options: redact is"
-    assert (said in caplog.messages) is name.startswith("redact")
+    said = f"task shop.charge has {name}, which is none of our options: {meant} is"
+    assert caplog.messages.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("circuits", "bank", "circuit"),
+        ("circuits", pybreaker.CircuitBreaker(), "circuit"),
+        ("redacted", ["card"], "redact"),
+        ("if_open", "fail", "if_circuit_open"),
+        ("if_open", len, "if_circuit_open"),
+    ],
+)
+def test_such_a_name_with_what_our_option_takes_is_refused(
+    name: str, value: Any, meant: str
+) -> None:
+    """The task would run unguarded, and a line in the log is soon overlooked."""
+    said = f"task shop.charge: unknown option {name}, did you mean {meant}?"
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        registered(**{name: value})
 
 
 def test_a_base_class_may_say_what_duplicates_of_its_tasks_become() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from celery.worker import state
+from services import free_port
 from unit.specimens import a_failure, a_settlement
 
 from celery_resilience import draining
 from celery_resilience.draining import SharedFlags
+from celery_resilience.errors import ConfigurationError
 from celery_resilience.events import emit, observe
 from celery_resilience.lifecycle import bootstep
 from celery_resilience.lifecycle.bootstep import Lifecycle, LifecycleStep
@@ -186,6 +188,27 @@ def test_a_second_worker_of_a_process_takes_the_place_of_the_first(
     assert second.drain.has_begun.is_set()
     assert not life.drain.has_begun.is_set()
     assert bootstep._detach == second._detach
+
+
+def test_a_port_that_the_other_flag_has_is_told() -> None:
+    """Nobody else's process needs to be looked for."""
+    port = free_port()
+    life = Lifecycle(
+        SimpleNamespace(exitcode=None),
+        SharedFlags(),
+        drain_timeout_s=None,
+        conditions=StopConditions(),
+        health_address=("", port),
+        pages_address=("localhost", port),
+        pages={"/metrics": lambda accepted: ("text/plain", b"")},
+    )
+    said = r"metrics_port: .*: resilience_health_port has the port, on \*; give both"
+    try:
+        with pytest.raises(ConfigurationError, match=said):
+            life.listen()
+    finally:
+        for server in life._servers:
+            server.close()
 
 
 def test_a_task_that_is_not_resilient_is_counted_at_the_deadline(

@@ -249,6 +249,14 @@ def test_a_group_with_one_that_is_never_tried_again_never_is(exc: Exception) -> 
         (lambda: On(OSError, attempts=None), "it would be tried again for ever"),
         (lambda: On(OSError, budget=""), "budget must be a name of 1 to 64 characters"),
         (lambda: On(OSError, budget="x" * 65), "or None, got 'xxx"),
+        (
+            lambda: On(OSError, attempt=3),  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+            "unknown option attempt, did you mean attempts? (it takes attempts, backof",
+        ),
+        (
+            lambda: Never(OSError, attempts=3),  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+            "Never(): unknown option attempts (it takes none)",
+        ),
     ],
 )
 def test_a_wrong_rule_is_refused_where_it_is_written(
