@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 from celery_resilience.idempotency.once import sql_table as once_table
 
 #: `ONCE_TASKS=2000` for a long look.
-TASKS = int(os.environ.get("ONCE_TASKS", "300"))
+TASKS = int(os.environ.get("ONCE_TASKS", "200"))
 
 #: Tasks that end between two kills, however fast the machine is.
 TASKS_PER_KILL = 5
@@ -62,7 +62,7 @@ def kill_one(worker: Worker, chance: random.Random) -> int:
 
 
 def run_under_fire(
-    fleet: Fleet, url: str, tasks: int, *, is_keyed: bool
+    fleet: Fleet, url: str, numbers: range, *, is_keyed: bool
 ) -> tuple[int, list[Any]]:
     """
     Kill children at random moments until every task has ended.
@@ -71,17 +71,17 @@ def run_under_fire(
         How many were killed, and what each task returned.
     """
     worker = fleet.worker(concurrency=4)
-    results = [fleet.send("row_of_its_own", url, n, is_keyed) for n in range(tasks)]
+    results = [fleet.send("row_of_its_own", url, n, is_keyed) for n in numbers]
     waiting, killed, chance = list(results), 0, random.Random(17)
 
     def look() -> bool:
         nonlocal killed
         waiting[:] = [result for result in waiting if not result.ready()]
-        if tasks - len(waiting) > TASKS_PER_KILL * killed:
+        if len(numbers) - len(waiting) > TASKS_PER_KILL * killed:
             killed += kill_one(worker, chance)
         return not waiting
 
-    eventually(look, within_s=120 + tasks * 0.6, what="all have ended")
+    eventually(look, within_s=120 + len(numbers) * 0.6, what="all have ended")
     assert worker.stop() == 0
     return killed, [result.get(timeout=1) for result in results]
 
@@ -89,7 +89,7 @@ def run_under_fire(
 def test_every_effect_is_had_exactly_once(make_fleet: FleetMaker, url: str) -> None:
     """And a run that is a duplicate returns what the first has saved."""
     fleet = make_fleet("redis", resilience_max_crashes=1_000)
-    killed, returned = run_under_fire(fleet, url, TASKS, is_keyed=True)
+    killed, returned = run_under_fire(fleet, url, range(TASKS), is_keyed=True)
 
     assert killed > 10
     assert effects(url) == Counter(range(TASKS))
@@ -100,10 +100,15 @@ def test_every_effect_is_had_exactly_once(make_fleet: FleetMaker, url: str) -> N
 
 def test_plain_celery_has_some_effects_twice(make_fleet: FleetMaker, url: str) -> None:
     """So that the test above is seen to kill where it hurts."""
-    fleet, tasks = make_fleet("redis", is_plain=True), TASKS // 3
-    killed, _ = run_under_fire(fleet, url, tasks, is_keyed=False)
+    fleet, tasks, done = make_fleet("redis", is_plain=True), TASKS // 2, 0
+    found: Counter[int] = Counter()
+    # One task in forty is hit between its commit and its acknowledgement.
+    while done < 5 * tasks and len(found) == found.total():
+        numbers = range(done, done + tasks)
+        killed, _ = run_under_fire(fleet, url, numbers, is_keyed=False)
+        assert killed > 10
+        done = numbers.stop
+        found = effects(url)
 
-    found = effects(url)
-    assert killed > 10
-    assert found.keys() == set(range(tasks))
+    assert found.keys() == set(range(done))
     assert max(found.values()) > 1
