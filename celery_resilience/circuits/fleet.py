@@ -241,22 +241,28 @@ class Circuits:
             What is given back; None: all are taken.
         """
         token, lease_s = secrets.token_hex(8), circuit.options.probe_lease_s
+        lock, is_taken, is_given_up = Lock(), False, False
 
-        def take(store: CircuitStore) -> str | None:
-            is_taken = store.take_slot(
-                circuit.name, token, limit=limit, lease_s=lease_s
-            )
-            return token if is_taken else None
+        def take(store: CircuitStore) -> bool:
+            nonlocal is_taken
+            taken = store.take_slot(circuit.name, token, limit=limit, lease_s=lease_s)
+            with lock:
+                is_taken, is_late = taken, is_given_up
+            if taken and is_late:
+                # Nobody runs in it: kept, it would be missing for the whole lease.
+                store.give_slot(circuit.name, token)
+            return taken
 
-        store = self._standby.shared()
-        if store is not None:
-            try:
-                return answer_within(WAIT_S, partial(take, store))
-            except Exception:
-                # The next question finds out whether it is away, or was slow once.
-                return None
-        local = self._standby.local()
-        return token if local is None else take(local)
+        store = self._standby.shared() or self._standby.local()
+        if store is None:
+            return token
+        try:
+            answer_within(WAIT_S, partial(take, store))
+        except Exception:
+            # The next question finds out whether it is away, or was slow once.
+            with lock:
+                is_given_up = not is_taken
+        return token if is_taken else None
 
     def give_slot(self, circuit: Circuit, token: str) -> None:
         """Give a slot back; never raises, as it lapses."""

@@ -38,6 +38,7 @@ class CountingStore(MemoryCircuitStore):
 
     Attributes:
         trips, swaps: Round trips, and those that write.
+        asked_slots: How often a slot was asked for, and answered.
         is_dead: It refuses.
         hangs: It answers when this is set.
     """
@@ -46,6 +47,7 @@ class CountingStore(MemoryCircuitStore):
         super().__init__(time.time)
         self.trips = 0
         self.swaps = 0
+        self.asked_slots = 0
         self.is_dead = False
         self.hangs = Event()
         self.hangs.set()
@@ -64,6 +66,7 @@ class CountingStore(MemoryCircuitStore):
     def take_slot(self, name: str, token: str, *, limit: int, lease_s: float) -> bool:
         """Counted."""
         self._trip()
+        self.asked_slots += 1
         return super().take_slot(name, token, limit=limit, lease_s=lease_s)
 
     def _trip(self) -> None:
@@ -203,6 +206,18 @@ def test_a_limit_holds_while_the_store_is_away(
     for permit in running:
         circuit.leave(permit, True)
     eventually(lambda: isinstance(circuit.enter(can_wait=True), Permit))
+
+
+def test_a_slot_that_is_had_too_late_is_given_back(store: CountingStore) -> None:
+    """Else the tasks that wait would find none for the length of its lease."""
+    circuit = closed_with_a_limit(store)
+    store.hangs.clear()
+
+    assert circuit._fleet.take_slot(circuit, 2) is None
+    store.hangs.set()
+
+    eventually(lambda: store.asked_slots == 1)
+    eventually(lambda: not store._slots["bank"])
 
 
 def test_one_worker_consumes_what_the_others_have_paused(store: CountingStore) -> None:
