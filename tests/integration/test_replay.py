@@ -72,14 +72,9 @@ GAPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("broker", "store"), [("redis", "sqlite"), ("rabbitmq", "mariadb")]
-)
-def test_the_command_is_killed_at_every_gap(
-    make_fleet: FleetMaker, broker: str, store: str
-) -> None:
+def test_the_command_is_killed_at_every_gap(make_fleet: FleetMaker) -> None:
     """1 000 tasks, 11 deaths of the command: each has its effect exactly once."""
-    fleet = make_fleet(broker, store=store)
+    fleet = make_fleet("rabbitmq", store="mariadb")
     fleet.worker(concurrency=2)
     ids = with_failures(fleet, 1_000)
     cure(fleet)
