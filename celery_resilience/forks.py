@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 #: Seconds that a fork waits for the threads that are inside.
@@ -102,15 +101,19 @@ class ForkGate:
         self._forks = 0
 
 
-#: SQLite's, of this process.
-sqlite_gate = ForkGate()
-
-
 class HandlersHeld:
-    """Holds every log handler while the process is forked: no thread writes meanwhile."""
+    """
+    Holds every log handler while the process is forked: no thread writes meanwhile.
+
+    Attributes:
+        is_on: It does.
+    """
 
     def __init__(self) -> None:
+        self.is_on = False
         self._held: list[Any] = []
+        if not hasattr(os, "register_at_fork"):
+            return
         os.register_at_fork(
             before=self._hold,
             after_in_parent=self._release,
@@ -118,6 +121,8 @@ class HandlersHeld:
         )
 
     def _hold(self) -> None:
+        if not self.is_on:
+            return
         end = time.monotonic() + HANDLERS_WAIT_S
         for handler in _handlers():
             lock = handler.lock
@@ -139,7 +144,14 @@ def _handlers() -> set[logging.Handler]:
     return {handler for logger in loggers for handler in logger.handlers}
 
 
-@cache
-def hold_handlers_at_forks() -> HandlersHeld | None:
-    """From now on, in this process and its children; None where nothing forks."""
-    return HandlersHeld() if hasattr(os, "register_at_fork") else None
+# The last that is registered is the first before a fork: a thread that is waited for
+# within SQLite may log.
+_handlers_held = HandlersHeld()
+
+#: SQLite's, of this process.
+sqlite_gate = ForkGate()
+
+
+def hold_handlers_at_forks() -> None:
+    """From now on, in this process and its children."""
+    _handlers_held.is_on = True

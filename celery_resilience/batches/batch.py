@@ -58,7 +58,8 @@ def _is_open_circuit(exc: BaseException) -> bool:
     """Whether a circuit is open, of ours or of pybreaker's own."""
     # It imports redis-py, which not every fleet needs.
     pybreaker: Any = sys.modules.get("pybreaker")
-    return pybreaker is not None and isinstance(exc, pybreaker.CircuitBreakerError)
+    # Without the name where another thread is about to import it.
+    return isinstance(exc, getattr(pybreaker, "CircuitBreakerError", ()))
 
 
 def _goes_on(exc: BaseException) -> bool:

@@ -263,6 +263,35 @@ def test_a_child_may_log_whoever_logged_as_it_was_forked(how: str) -> None:
     assert (int(done.stdout) == 60) == (how == "held")
 
 
+def test_a_thread_that_a_fork_waits_for_may_log(database: SqlDatabase) -> None:
+    """Held before it has left SQLite, its handler would be waited for in a circle."""
+    hold_handlers_at_forks()
+    logger = logging.getLogger("shop.inside")
+    handler = logging.FileHandler(os.devnull)
+    logger.addHandler(handler)
+    is_inside, logs = Event(), Event()
+
+    def stay() -> None:
+        with database.reading():
+            is_inside.set()
+            logs.wait(30)
+            logger.warning("a slow query")
+
+    thread = Thread(target=stay, daemon=True)
+    thread.start()
+    assert is_inside.wait(10)
+    started = time.monotonic()
+    forking = Forking()
+    eventually(lambda: forks.sqlite_gate._forks)
+    logs.set()
+
+    assert eventually(lambda: forking.exit_code is not None)
+    assert time.monotonic() - started < forks.FORK_WAITS_S / 2
+    thread.join()
+    logger.removeHandler(handler)
+    handler.close()
+
+
 def test_a_handler_that_is_held_for_ever_does_not_keep_a_fork_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -24,7 +24,6 @@ def test_a_library_is_imported_where_it_is_used(tmp_path: Path, unused: str) -> 
     """Neither for its exceptions nor for another database's words."""
     source = """
         import sys
-        from types import SimpleNamespace
         from celery import Celery
         from celery_resilience import ResilientTask
         from celery_resilience.install import installation_of
