@@ -134,7 +134,7 @@ def test_chains_and_chords_go_on_after_a_snooze(
     make_fleet: FleetMaker, down: Path
 ) -> None:
     """The result that others wait for comes later."""
-    fleet = fleet_with(make_fleet, open_s=3)
+    fleet = fleet_with(make_fleet, open_s=8)
     fleet.worker()
     trip(fleet, down)
     tasks = fleet.app.tasks
@@ -303,7 +303,7 @@ def test_a_plain_pybreaker_is_a_circuit(make_fleet: FleetMaker, down: Path) -> N
 @pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
 def test_every_pool_has_circuits(make_fleet: FleetMaker, down: Path, pool: str) -> None:
     """Shared with all others."""
-    fleet = fleet_with(make_fleet, open_s=3)
+    fleet = fleet_with(make_fleet, open_s=8)
     fleet.worker(pool=pool)
     trip(fleet, down)
     waiting = [fleet.send("pay", str(down)) for _ in range(3)]
