@@ -238,6 +238,9 @@ def measure() -> Iterator[Figure]:
     setup = WorkerSetup(installation, worker)
     setup.apply()
     setup.prepare_tasks()
+    # Where OpenTelemetry's SDK is imported, by redis-py say, a worker counts until it
+    # is ready, and no longer where nothing is exported.
+    setup.metrics.metrics.detach()
     assert installation.child is not None
     store = RedisKeyStore(SilentRedis())
     guard = KeyGuard(
@@ -327,22 +330,26 @@ def _counted(app: Celery, task: Any, metrics: Metrics) -> Iterator[Figure]:
     def deliver(count: int) -> float:
         return sum(main.deliver(count))
 
-    def deliver_and_count(count: int) -> float:
-        metrics.attach()
-        try:
-            taken = deliver(count)
-            start = time.thread_time()
-            metrics.tick()
-            return taken + time.thread_time() - start
-        finally:
-            metrics.detach()
+    def count_up(count: int) -> float:
+        for _ in range(count // BATCH):
+            main.deliver(BATCH)
+        start = time.thread_time()
+        metrics.tick()
+        return time.thread_time() - start
 
-    before, after = (_best(measured) for measured in (deliver, deliver_and_count))
+    before = _best(deliver)
+    metrics.attach()
+    noted = _best(deliver) - before
+    # Once a second, whatever has come: here, of a worker that is busy.
+    many = 40 * BATCH
+    counted = min(_quietly(count_up, many) for _ in range(20)) / many * 1e6
+    metrics.detach()
     yield Figure(
         "main process: more for a delivery that is counted",
-        after - before,
+        noted + counted,
         "µs",
         at_most=6,
+        raw=[f"noted {noted:.1f}, counted later {counted:.1f}"],
     )
 
 

@@ -277,6 +277,8 @@ def text_of(value: Any) -> str:
 
 def id_text(value: Any) -> str:
     """A task's id as text, or "": Celery takes a UUID or a number for one too."""
+    if type(value) is str:  # for each delivery, several times
+        return value
     is_id = isinstance(value, str | int | UUID) and not isinstance(value, bool)
     return str(value) if is_id else ""
 

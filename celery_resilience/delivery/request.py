@@ -25,6 +25,7 @@ from celery_resilience import _celery, _celery_worker, _pools
 from celery_resilience.delivery.deliveries import Deliveries
 from celery_resilience.delivery.malformed import malformed_call
 from celery_resilience.delivery.settlement import (
+    died_of,
     failure_of_run,
     plain_failure,
     reason_of_retry,
@@ -306,18 +307,11 @@ class ResilientRequest(SettlingRequest):
         if verdict.delay_s is None or not self._can_come_again:
             self._fail(reason, exc, exc_info)
             return
-        logger.warning(
-            "%s[%s] ended with its process (run %d): %s; it runs again in %.0f s",
-            self.name,
-            self.id,
-            verdict.runs,
-            exc,
-            verdict.delay_s,
-        )
         marks = dict(verdict.marks)
         if self.task.has_key:
             marks["crashed"] = holder_name(self.worker_pid)
-        self._send_again(Outcome.REQUEUED, reason, verdict.delay_s, marks)
+        told = {"error": died_of(exc), "crashes": verdict.runs}
+        self._send_again(Outcome.REQUEUED, reason, verdict.delay_s, marks, told)
         _celery_worker.task_ready(self)
         self.acknowledge()
 

@@ -139,11 +139,10 @@ def failure_of_run(
         return failure_of(facts, traceback)
     kind = type_name(type(exc))
     if isinstance(exc, WorkerLostError):
-        died_of = str(exc).partition(" Job:")[0]
-        message = f"{died_of} {request.deliveries.crashes.describe()}"
-        cause = fingerprint_of("worker_lost", request._type, died_of)
+        message = f"{died_of(exc)} {request.deliveries.crashes.describe()}"
+        cause = fingerprint_of("worker_lost", request._type, died_of(exc))
     elif isinstance(exc, TimeLimitExceeded):
-        message = f"the run passed its hard time limit of {exc.args[0]} s"
+        message = died_of(exc)
         cause = fingerprint_of("hard_time_limit", request._type)
     elif isinstance(exc, MemoryLimitExceeded):
         message = safe_text(exc, MAX_MESSAGE_CHARS)
@@ -160,6 +159,13 @@ def failure_of_run(
         )
         return failure_of(described, traceback)
     return Failure(kind, message, cause, traceback)
+
+
+def died_of(exc: BaseException) -> str:
+    """What ended a run with its process, as the pool tells it."""
+    if isinstance(exc, TimeLimitExceeded):
+        return f"the run passed its hard time limit of {exc.args[0]} s"
+    return str(exc).partition(" Job:")[0]  # which is the pool's own number
 
 
 def reason_of_retry(

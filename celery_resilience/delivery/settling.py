@@ -105,6 +105,7 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
         reason: str | None,
         delay_s: float,
         marks: Mapping[str, Any],
+        told: Mapping[str, Any] | None = None,
     ) -> None:
         if not self._claim(outcome):
             return
@@ -115,9 +116,8 @@ class SettlingRequest(CeleryRequest):  # type: ignore[misc]
                 copy = send_again(original, delay_s=delay_s, marks=marks)
                 self._store(copy, keep=False)
             if observed(EVENTS[outcome]):
-                settlement = settlement_of(
-                    self, outcome, reason, facts={"delay_s": delay_s}
-                )
+                facts = {"delay_s": delay_s, **(told or {})}
+                settlement = settlement_of(self, outcome, reason, facts=facts)
                 emit(EVENTS[outcome], settlement=settlement)
         finally:
             self.deliveries.gate.left(self)

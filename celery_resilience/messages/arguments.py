@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import IOBase
+from itertools import islice
 from typing import Any
 
 #: Values that are looked at before the search ends: arguments are seldom so many.
 MOST = 10_000
+
+#: What most arguments are.
+_HAVE_NO_KEYS = frozenset({str, int, float, bool, type(None)})
 
 #: Serializers of text, to which every key of a mapping is a text.
 KEYS_ARE_TEXTS = frozenset({"json", "application/json"})
@@ -15,7 +19,7 @@ KEYS_ARE_TEXTS = frozenset({"json", "application/json"})
 
 def changed_keys(args: Any, kwargs: Any, serializer: str) -> str | None:
     """The first place with a key that the serializer turns into a text, or None."""
-    if serializer not in KEYS_ARE_TEXTS:
+    if serializer not in KEYS_ARE_TEXTS or _keys_are_texts(args, kwargs):
         return None
     for path, value in _values(args, kwargs):
         if isinstance(value, Mapping):
@@ -26,6 +30,24 @@ def changed_keys(args: Any, kwargs: Any, serializer: str) -> str | None:
                         "pass texts as keys, or a list of pairs"
                     )
     return None
+
+
+def _keys_are_texts(args: Any, kwargs: Any) -> bool:
+    """Whether the first `MOST` values have no other keys; for each call, so no paths."""
+    waiting = [*(args or ()), *(kwargs or {}).values()]
+    for value in waiting:  # which grows
+        if type(value) in _HAVE_NO_KEYS:
+            continue
+        if isinstance(value, Mapping):
+            if not all(isinstance(key, str) for key in value):
+                return False
+            inner: Iterable[Any] = value.values()
+        elif isinstance(value, list | tuple):
+            inner = value
+        else:
+            continue
+        waiting.extend(islice(inner, max(0, MOST - len(waiting))))
+    return True
 
 
 def culprit(args: Any, kwargs: Any, can_be_sent: Callable[[Any], bool]) -> str | None:

@@ -107,6 +107,11 @@ class MeasuredProducer:
                 f"{limit_kib:g}: pass a key to what is stored elsewhere"
             )
 
+    @property
+    def connection(self) -> Any:
+        """The Producer's, which Celery asks for at each call."""
+        return self._producer.connection
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
 

@@ -336,7 +336,7 @@ ALERTS = (
         "0m",
         "ticket",
         "{{ $labels.task }} has failed for good, and is kept",
-        "celery failed list --task '{{ $labels.task }}' --since 1h",
+        "celery -A YOUR_APP failed list --task '{{ $labels.task }}' --since 1h",
     ),
     Alert(
         "FailedTasksGrow",
@@ -345,7 +345,7 @@ ALERTS = (
         "10m",
         "page",
         "{{ $labels.failed_queue }} has gained {{ $value }} failed tasks in an hour",
-        "celery failed groups",
+        "celery -A YOUR_APP failed stats",
     ),
     Alert(
         "FailedTasksOld",
@@ -353,7 +353,7 @@ ALERTS = (
         "0m",
         "ticket",
         "a failed task has waited for a day to be replayed or discarded",
-        "celery failed stats",
+        "celery -A YOUR_APP failed stats",
     ),
     Alert(
         "FailedTasksNotCollected",
@@ -361,7 +361,7 @@ ALERTS = (
         "1h",
         "ticket",
         "failed tasks wait in {{ $labels.failed_queue }}, and nobody collects them",
-        "celery failed collect, or --collect-failed for one worker",
+        "celery -A YOUR_APP failed collect, or --collect-failed for one worker",
     ),
     Alert(
         "TaskErrorRatio",
@@ -371,7 +371,7 @@ ALERTS = (
         "5m",
         "page",
         "{{ $value | humanizePercentage }} of {{ $labels.task }} fail",
-        "celery failed groups --task '{{ $labels.task }}' --since 1h",
+        "celery -A YOUR_APP failed list --task '{{ $labels.task }}' --since 1h",
     ),
     Alert(
         "TaskAlwaysFails",
@@ -380,7 +380,7 @@ ALERTS = (
         "15m",
         "ticket",
         "{{ $labels.task }} has failed, and not succeeded once in an hour",
-        "celery failed list --task '{{ $labels.task }}'",
+        "celery -A YOUR_APP failed list --task '{{ $labels.task }}'",
     ),
     Alert(
         "RetryStorm",
@@ -398,7 +398,7 @@ ALERTS = (
         "10m",
         "page",
         "{{ $value }} messages wait in {{ $labels.queue }}, and none is dealt with",
-        "celery inspect active; the workers' /live",
+        "celery -A YOUR_APP inspect active; the workers' /live",
     ),
     Alert(
         "QueueWaitLong",
@@ -414,7 +414,7 @@ ALERTS = (
         "5m",
         "ticket",
         "a run of {{ $labels.task }} has gone on for {{ $value | humanizeDuration }}",
-        "celery inspect active; a time limit",
+        "celery -A YOUR_APP inspect active; a time limit",
     ),
     Alert(
         "ChildrenLost",
@@ -423,7 +423,8 @@ ALERTS = (
         "0m",
         "page",
         "{{ $value | humanize }} children were killed within a quarter of an hour",
-        "celery failed list --reason worker_lost; celery inspect resilience_memory",
+        "celery -A YOUR_APP failed list --reason worker_lost; "
+        "celery -A YOUR_APP inspect resilience_memory",
     ),
     Alert(
         "WorkersLost",
@@ -455,7 +456,7 @@ ALERTS = (
         "10m",
         "page",
         "circuit {{ $labels.circuit }} has been open for ten minutes",
-        "celery resilience circuits",
+        "celery -A YOUR_APP resilience circuits",
     ),
     Alert(
         "TelemetryDropped",
@@ -474,7 +475,7 @@ def alerts() -> str:
 
 
 def _rules() -> Iterator[str]:
-    yield "# Made by `celery resilience dashboards alerts`."
+    yield "# Made by `celery -A YOUR_APP resilience dashboards alerts`."
     yield "groups:"
     yield "  - name: celery-resilience"
     yield "    rules:"

@@ -11,7 +11,7 @@ from threading import Event, RLock
 from typing import Any
 
 from celery_resilience.events import observe
-from celery_resilience.outcome import EVENTS, Outcome, Settlement
+from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
 from celery_resilience.redaction import printable
 from celery_resilience.telemetry.log_facts import (
     failure_facts,
@@ -33,6 +33,9 @@ STORM_WINDOW_S = 60.0
 #: Outcomes of which a line is told; of the others Celery, or the room that decides, has
 #: said enough.
 TOLD = (Outcome.RETRIED, Outcome.SKIPPED, Outcome.SNOOZED)
+
+#: Why a run that comes again has ended with its process; others were put back.
+CRASHES = (Reason.WORKER_LOST, Reason.HARD_TIME_LIMIT)
 
 
 class FailureLog:
@@ -73,6 +76,7 @@ class FailureLog:
         _stops = [
             observe(EVENTS[Outcome.FAILED], self.failed),
             *(observe(EVENTS[outcome], self.ended) for outcome in TOLD),
+            observe(EVENTS[Outcome.REQUEUED], self.requeued),
             observe("lifecycle.stopped", self.stopped),
             # With what never ends, it does not stop.
             observe("lifecycle.exiting", self.stopped),
@@ -100,10 +104,18 @@ class FailureLog:
 
     def ended(self, settlement: Settlement) -> None:
         """Write the line of a delivery that was retried, skipped or snoozed."""
-        if outcome_logger.isEnabledFor(logging.INFO):
+        self._tell(logging.INFO, settlement)
+
+    def requeued(self, settlement: Settlement) -> None:
+        """Write the line of a run that ended with its process, and comes again."""
+        if settlement.reason in CRASHES:
+            self._tell(logging.WARNING, settlement)
+
+    def _tell(self, level: int, settlement: Settlement) -> None:
+        if outcome_logger.isEnabledFor(level):
             facts = outcome_facts(settlement)
             sentence = outcome_sentence(settlement.outcome, facts)
-            tell(outcome_logger, logging.INFO, facts, sentence, self._format)
+            tell(outcome_logger, level, facts, sentence, self._format)
 
     def stopped(self, **_: Any) -> None:
         """The worker ends: sum up what waits for it."""

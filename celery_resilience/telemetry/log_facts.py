@@ -50,7 +50,7 @@ def failure_facts(
 
 
 def outcome_facts(settlement: Settlement) -> dict[str, Any]:
-    """What a log tells of a delivery that was retried, skipped or snoozed."""
+    """What a log tells of a delivery that was retried, skipped, snoozed or requeued."""
     error = settlement.facts.get("error")
     delay_s = settlement.facts.get("delay_s")
     return _printable(
@@ -58,6 +58,7 @@ def outcome_facts(settlement: Settlement) -> dict[str, Any]:
             **_beginning(f"task_{settlement.outcome}", settlement),
             "error": cut(error, MAX_LOGGED_MESSAGE_CHARS) if error else None,
             "delay_s": delay_s if isinstance(delay_s, int | float) else None,
+            "crashes": settlement.facts.get("crashes"),
             **_times(settlement),
             "worker": settlement.worker,
             "pid": settlement.pid,
@@ -82,12 +83,15 @@ def failure_sentence(facts: Mapping[str, Any]) -> str:
 def outcome_sentence(outcome: str, facts: Mapping[str, Any]) -> str:
     """Another outcome for them."""
     delay_s = facts["delay_s"]
-    preposition = "in" if outcome == Outcome.RETRIED else "for"
+    preposition = "for" if outcome == Outcome.SNOOZED else "in"
     when = "" if delay_s is None else f" {preposition} {delay_s:g} s"
     why = ": ".join(filter(None, (facts["reason"], facts["error"])))
+    crashes = facts["crashes"]
+    count = "" if crashes is None else f", crashes {crashes}"
     return printable(
         f"task {outcome}: {facts['task']}[{facts['task_id']}]{when}"
-        f"{why and ': '}{why} (attempt {facts['attempt']}, queue {facts['queue']})"
+        f"{why and ': '}{why} (attempt {facts['attempt']}, queue {facts['queue']}"
+        f"{count})"
     )
 
 

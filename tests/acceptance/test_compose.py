@@ -357,7 +357,7 @@ class Up:
                 self.check(name).returncode == 0
                 or self.processes[name].poll() is not None
             ),
-            what=f"{name} is well",
+            what=lambda: f"{name} is well",
             every_s=0.3,
         )
         assert self.processes[name].poll() in (None, 0), self.log(name)
@@ -472,7 +472,7 @@ def test_an_order_is_shipped(up: Up) -> None:
     """Enriched, charged and shipped by the worker, in PostgreSQL."""
     up.call("import_orders", "--args=[2, 2]")
 
-    eventually(lambda: 2 in up.shipped(), what=up.log("worker"))
+    eventually(lambda: 2 in up.shipped(), what=lambda: up.log("worker"))
     assert up.rows("SELECT order_id FROM shop_shipment WHERE order_id = 2") == [(2,)]
 
 
@@ -486,7 +486,7 @@ def test_an_order_that_is_sent_twice_is_charged_once(up: Up) -> None:
 
     eventually(
         lambda: len(shipping.findall(up.log("worker"))) >= before + 3,
-        what=up.log("worker"),
+        what=lambda: up.log("worker"),
     )
     assert up.charged().count(5) == up.charged().count(6) == 1
     rows = "SELECT order_id FROM shop_payment WHERE order_id IN (5, 6) ORDER BY 1"
@@ -503,7 +503,7 @@ def test_beat_has_the_revenue_reported(up: Up) -> None:
             up.rows("SELECT 1 FROM pg_tables WHERE tablename = 'revenue'")
             and up.rows("SELECT cents FROM revenue")
         ),
-        what=up.log("beat"),
+        what=lambda: up.log("beat"),
     )
 
 
@@ -521,13 +521,13 @@ def test_a_failure_is_collected_and_replayed(up: Up) -> None:
             up.rows("SELECT 1 FROM pg_tables WHERE tablename = 'resilience_failed'")
             and up.rows(kept) == [("unresolved",)]
         ),
-        what=up.log("collector"),
+        what=lambda: up.log("collector"),
         every_s=0.3,
     )
     up.address("down=0")
     done = up.failed("replay", "--exception", "ServiceDown", "--yes", "--wait")
     assert done.returncode == 0, done.stderr
-    eventually(lambda: 3 in up.shipped(), what=up.log("worker"))
+    eventually(lambda: 3 in up.shipped(), what=lambda: up.log("worker"))
     assert up.rows(kept) == [("resolved",)]
 
 

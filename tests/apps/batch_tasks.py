@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 from keyed_tasks import die_at
+from retrying import SOON_S
 
 from celery_resilience.events import observe
 from celery_resilience.outcome import Settlement
@@ -76,7 +77,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
                             time.sleep(0.02)
                         die_at(how, "kill", self.request.id)
                         if how == "retry" and self.request.retries == 0:
-                            raise self.retry(countdown=0)
+                            raise self.retry(countdown=SOON_S)
         return batch.report
 
     @task("call_for_each")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pybreaker
 from keyed_tasks import once_here
+from retrying import SOON_S
 
 from celery_resilience import CircuitOpen
 
@@ -47,7 +48,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
         autoretry_for=(Exception,),
         max_retries=1,
         retry_backoff=False,
-        default_retry_delay=0,
+        default_retry_delay=SOON_S,
     )(pay)
 
     @task("pay_within", autoretry_for=(Exception,), max_retries=0)

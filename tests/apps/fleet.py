@@ -26,6 +26,7 @@ from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue
 from kombu.common import Broadcast
+from retrying import SOON_S
 
 from celery_resilience import Resilience, ResilientTask, Skip, Snooze
 
@@ -160,7 +161,7 @@ def _register(app: Celery, base: Any) -> None:
     @task(name="small_retry", max_message_kib=16)
     def small_retry(self: Any, value: Any = None) -> None:
         started(self)
-        raise self.retry(args=("x" * 20_000,), countdown=0)
+        raise self.retry(args=("x" * 20_000,), countdown=SOON_S)
 
     @task(name="add")
     def add(self: Any, x: int, y: int) -> int:
@@ -379,7 +380,7 @@ def _register(app: Celery, base: Any) -> None:
         autoretry_for=(Exception,),
         max_retries=2,
         retry_backoff=False,
-        default_retry_delay=0,
+        default_retry_delay=SOON_S,
     )
     def skipped_with_autoretry(self: Any) -> None:
         started(self)
@@ -451,7 +452,7 @@ def _register(app: Celery, base: Any) -> None:
         if not Path(path).exists():
             raise ValueError("not yet")
         if self.request.retries == 0:
-            raise self.retry(countdown=0, headers={"x-mine": "kept"})
+            raise self.retry(countdown=SOON_S, headers={"x-mine": "kept"})
         note("effect", self.request.id, self.request.headers["x-mine"])
 
     @task(name="replaced")
@@ -568,7 +569,7 @@ def _register(app: Celery, base: Any) -> None:
         if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "retry" and not self.request.retries:
-            raise self.retry(exc=ValueError(secrets), countdown=0)
+            raise self.retry(exc=ValueError(secrets), countdown=SOON_S)
         raise ValueError(secrets)
 
     @task(name="hidden", redact=["iban_of_customer"])

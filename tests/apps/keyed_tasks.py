@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from retrying import SOON_S
+
 from celery_resilience import Skip, soft_limit
 
 
@@ -96,7 +98,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
 
     @task(name="keyed_retry", idempotency_key="r:{name}", max_retries=3)
     def keyed_retry(
-        self: Any, name: str, failures: int = 2, countdown: float = 0
+        self: Any, name: str, failures: int = 2, countdown: float = SOON_S
     ) -> Any:
         note(
             self.name,
@@ -151,7 +153,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
         note(self.name, self.request.id, self.request.retries, key_of(self))
         while not Path(path).exists():
             time.sleep(0.05)
-        raise self.retry(countdown=0)
+        raise self.retry(countdown=SOON_S)
 
     @task(name="keyed_replaced", idempotency_key="p:{name}")
     def keyed_replaced(self: Any, name: str, path: str, seconds: float = 0) -> Any:

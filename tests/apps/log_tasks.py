@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import signals
 from celery.utils.log import get_task_logger
+from retrying import SOON_S
 
 from celery_resilience import Skip, Snooze
 
@@ -102,7 +103,7 @@ def register(app: Any, base: Any, kind: str) -> None:
     @task("log_retry", redact=["pin"], max_retries=1)
     def log_retry(self: Any, pin: str) -> None:
         if self.request.retries == 0:
-            raise self.retry(exc=ConnectionError(f"{pin} refused"), countdown=0)
+            raise self.retry(exc=ConnectionError(f"{pin} refused"), countdown=SOON_S)
 
     @task("log_skip")
     def log_skip(self: Any) -> None:

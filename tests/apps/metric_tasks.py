@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Any
 
 from celery import Celery
+from retrying import SOON_S
 
 from celery_resilience import Skip
 from celery_resilience.events import emit
@@ -39,9 +40,9 @@ def register(app: Celery, base: Any, conf: dict[str, Any]) -> None:
         if how == "raise":
             raise ValueError(secret)
         if how == "retry":
-            raise self.retry(countdown=0)
+            raise self.retry(countdown=SOON_S)
         if how == "retry_once" and self.request.retries == 0:
-            raise self.retry(countdown=0)
+            raise self.retry(countdown=SOON_S)
         if how == "skip":
             raise Skip("nothing to do")
         if how == "kill":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
+from retrying import SOON_S
 
 from celery_resilience import Never, On
 
@@ -43,7 +44,7 @@ def act(self: Any, word: str) -> str:
     if what == "other":
         raise KeyError("whatever")
     if what == "retry":
-        raise self.retry(countdown=0, exc=ConnectionError("by hand"))
+        raise self.retry(countdown=SOON_S, exc=ConnectionError("by hand"))
     return what
 
 
@@ -82,7 +83,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
         autoretry_for=(Exception,),
         max_retries=1,
         retry_backoff=False,
-        default_retry_delay=0,
+        default_retry_delay=SOON_S,
     )(play)
     task(
         "ruled_for_a_while",

@@ -13,6 +13,7 @@ from typing import Any
 
 from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
+from retrying import SOON_S
 from sqlalchemy import Integer, String, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import (
@@ -314,7 +315,7 @@ def register_async(app: Any, base: Any, conf: dict[str, Any], prefix: str) -> No
     async def body(self: Any) -> int:
         return await backend()
 
-    @task(name="a.retried", autoretry_for=(ValueError,), default_retry_delay=0)
+    @task(name="a.retried", autoretry_for=(ValueError,), default_retry_delay=SOON_S)
     async def retried(self: Any) -> int:
         if self.request.retries == 0:
             raise ValueError("again")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keyed_tasks import die_at, once_here
+from retrying import SOON_S
 
 
 def register(app: Any, base: Any, note: Callable[..., None]) -> None:
@@ -44,7 +45,7 @@ def register(app: Any, base: Any, note: Callable[..., None]) -> None:
                         if how == "raise" and once_here("raised"):
                             raise ValueError("once")
                         if how == "retry" and self.request.retries == 0:
-                            raise self.retry(countdown=0)
+                            raise self.retry(countdown=SOON_S)
                         if gate:
                             _wait_for(gate)
                     count += 1

@@ -119,7 +119,7 @@ def fed(
             publish(fleet, bad)
         good = fleet.send("ok", "still alive")
         worker = fleet.worker()
-        eventually(lambda: good.state == "SUCCESS", what=worker.text)
+        eventually(lambda: good.state == "SUCCESS", what=lambda: worker.text)
         eventually(
             lambda: len(documents(fleet)) == len(MESSAGES), every_s=0.5, what="records"
         )
@@ -185,7 +185,7 @@ def test_plain_celery_dies_of_it(make_fleet: Any, broker: str, which: str) -> No
         lambda: (
             not worker.is_alive or worker.text.count("Connection to broker lost") > 2
         ),
-        what=worker.text,
+        what=lambda: worker.text,
     )
 
 
@@ -200,7 +200,7 @@ def test_a_foreign_item_on_redis_is_kept(make_fleet: Any, raw: bytes) -> None:
 
     worker = fleet.worker()
 
-    eventually(lambda: good.state == "SUCCESS", what=worker.text)
+    eventually(lambda: good.state == "SUCCESS", what=lambda: worker.text)
     (kept,) = eventually(lambda: documents(fleet), every_s=0.3)
     body = kept["_original"].body
     assert body == raw or json.loads(body) == json.loads(raw)

@@ -29,7 +29,7 @@ def report_of(fleet: Fleet, result: Any, within_s: float = 60) -> dict[str, Any]
     eventually(
         lambda: result.state in ("SUCCESS", "FAILURE"),
         within_s=within_s,
-        what=texts[-4000:],
+        what=lambda: texts[-4000:],
     )
     report: dict[str, Any] = result.get(timeout=1)
     return report
@@ -141,7 +141,7 @@ def test_what_a_batch_meets_in_a_day(
 def _an_open_circuit_snoozes_it(fleet: Fleet, down: Path) -> None:
     """Without a retry spent, and what had ended is not done again."""
     result = fleet.send("call_for_each", str(down), 80)
-    eventually(lambda: result.state == "RETRY", what=fleet.workers[0].text)
+    eventually(lambda: result.state == "RETRY", what=lambda: fleet.workers[0].text)
     down.unlink()
 
     report = report_of(fleet, result)

@@ -71,7 +71,7 @@ def test_the_broker_is_down_at_capture(
     eventually(lambda: fleet.runs(sent.id) == 1)
 
     server.kill()
-    eventually(lambda: lost_broker(worker), what=worker.text)
+    eventually(lambda: lost_broker(worker), what=lambda: worker.text)
     end.touch()
     eventually(lambda: fleet.notes("failing"))
     server.start()
@@ -103,7 +103,7 @@ def test_what_the_broker_delivers_again_is_not_sent_again(
     eventually(lambda: all(fleet.runs(id) == 1 for id in (*ids, early)))
 
     server.kill()
-    eventually(lambda: lost_broker(worker), what=worker.text)
+    eventually(lambda: lost_broker(worker), what=lambda: worker.text)
     end.touch()
     eventually(lambda: len(fleet.notes("ending")) == 3)
     server.start()
@@ -111,7 +111,7 @@ def test_what_the_broker_delivers_again_is_not_sent_again(
     eventually(
         lambda: {line[1] for line in fleet.notes("effect")} == {*ids, early},
         within_s=60,
-        what=worker.text,
+        what=lambda: worker.text,
     )
     # Due after everything that could have been sent again.
     last = fleet.send("sleep", 0, countdown=3)
@@ -134,7 +134,9 @@ def test_the_spool_takes_what_the_broker_does_not(own_fleet: OwnFleet) -> None:
 
     server.kill()
     end.touch()
-    eventually(lambda: len(list(spool.glob("*.envelope.json"))) == 4, what=worker.text)
+    eventually(
+        lambda: len(list(spool.glob("*.envelope.json"))) == 4, what=lambda: worker.text
+    )
     server.start()
 
     eventually(lambda: set(fleet.records()) == set(ids), every_s=0.3, within_s=60)
@@ -157,7 +159,10 @@ def test_a_spool_is_drained_by_the_next_worker_and_by_the_collector(
         eventually(lambda id=sent.id: fleet.runs(id) == 1)
         server.kill()
         end.touch()
-        eventually(lambda: list(spool.glob("*.envelope.json")), what=worker.text)
+        eventually(
+            lambda: list(spool.glob("*.envelope.json")),
+            what=lambda worker=worker: worker.text,
+        )
         worker.kill()
         server.start()
 
@@ -200,7 +205,7 @@ def test_the_spool_is_full(own_fleet: OwnFleet, tiny_disk: Path) -> None:
 
     server.kill()
     end.touch()
-    eventually(lambda: "takes nothing" in worker.text, what=worker.text)
+    eventually(lambda: "takes nothing" in worker.text, what=lambda: worker.text)
     assert not list(tiny_disk.glob(".*"))
     server.start()
 
@@ -220,7 +225,7 @@ def test_a_failed_queue_that_refuses(own_fleet: OwnFleet) -> None:
         )(connection.default_channel).declare()
     worker = fleet.worker()
     ids = [fleet.send("rejected").id for _ in range(3)]
-    eventually(lambda: "cannot publish" in worker.text, what=worker.text)
+    eventually(lambda: "cannot publish" in worker.text, what=lambda: worker.text)
 
     with fleet.app.connection_for_read() as connection:
         depth = Queue(failed_queue)(connection.default_channel).queue_declare(
@@ -245,7 +250,7 @@ def test_one_refusing_failed_queue_does_not_hold_up_another(
         )(connection.default_channel).declare()
     worker = fleet.worker()
     fleet.send("boom")
-    eventually(lambda: "cannot publish" in worker.text, what=worker.text)
+    eventually(lambda: "cannot publish" in worker.text, what=lambda: worker.text)
     other = fleet.send("rejected")
 
     assert fleet.record_of(other.id)["reason"] == "rejected"
@@ -330,9 +335,9 @@ def test_a_retry_that_cannot_be_published_is_a_failure(own_fleet: OwnFleet) -> N
     eventually(lambda: fleet.runs(sent.id) == 1)
 
     server.kill()
-    eventually(lambda: lost_broker(worker), what=worker.text)
+    eventually(lambda: lost_broker(worker), what=lambda: worker.text)
     end.touch()
-    eventually(lambda: "RetryNotPublished" in worker.text, what=worker.text)
+    eventually(lambda: "RetryNotPublished" in worker.text, what=lambda: worker.text)
     server.start()
 
     record = fleet.record_of(sent.id, within_s=60)
@@ -351,7 +356,7 @@ def test_what_nobody_takes_is_told_at_the_end(own_fleet: OwnFleet) -> None:
 
     server.kill()
     end.touch()
-    eventually(lambda: "cannot publish" in worker.text, what=worker.text)
+    eventually(lambda: "cannot publish" in worker.text, what=lambda: worker.text)
     worker.signal(signal.SIGTERM)
     worker.wait()
 
@@ -385,7 +390,10 @@ def test_plain_celery_forgets_a_failure(make_fleet: FleetMaker) -> None:
         fleet = make_fleet("redis", is_plain=is_plain)
         worker = fleet.worker()
         sent = fleet.send("boom")
-        eventually(lambda sent=sent: sent.state == "FAILURE", what=worker.text)
+        eventually(
+            lambda sent=sent: sent.state == "FAILURE",
+            what=lambda worker=worker: worker.text,
+        )
         assert worker.stop() == 0
 
         prefix = fleet.conf["broker_transport_options"]["global_keyprefix"]

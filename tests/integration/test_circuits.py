@@ -47,7 +47,9 @@ def trip(fleet: Fleet, down: Path) -> None:
         seen = len(fleet.notes("failed_call"))
         fleet.send("pay", str(down))
         eventually(lambda seen=seen: len(fleet.notes("failed_call")) > seen)
-    eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+    eventually(
+        lambda: "circuit bank opened" in texts(fleet), what=lambda: texts(fleet)[-3000:]
+    )
     # Until all know it: what a process goes by may be half a second old.
     always(lambda: "circuit bank closed" not in texts(fleet), for_s=1.5)
 
@@ -59,7 +61,7 @@ def texts(fleet: Fleet) -> str:
 
 def result_of(fleet: Fleet, result: Any, within_s: float = 30) -> Any:
     """What a task came to."""
-    eventually(result.ready, within_s=within_s, what=texts(fleet)[-4000:])
+    eventually(result.ready, within_s=within_s, what=lambda: texts(fleet)[-4000:])
     return result.get(timeout=1)
 
 
@@ -78,7 +80,8 @@ def test_tasks_wait_for_an_open_circuit_and_spend_no_retry(
 
     waiting = [fleet.send("pay", str(down)) for _ in range(5)]
     eventually(
-        lambda: texts(fleet).count("task snoozed: ") >= 5, what=texts(fleet)[-3000:]
+        lambda: texts(fleet).count("task snoozed: ") >= 5,
+        what=lambda: texts(fleet)[-3000:],
     )
     down.unlink()
 
@@ -127,7 +130,9 @@ def test_an_autoretry_counts_as_what_the_body_raised(
     for _ in range(2):
         fleet.send("pay_with_autoretry", str(down))
 
-    eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+    eventually(
+        lambda: "circuit bank opened" in texts(fleet), what=lambda: texts(fleet)[-3000:]
+    )
 
 
 def test_chains_and_chords_go_on_after_a_snooze(
@@ -251,7 +256,9 @@ def test_a_fragile_dependency_drains_after_an_outage(
     for _ in range(2):
         fleet.worker(pool="threads", concurrency=16)
     ids = {fleet.send("pay_at", bank.port).id for _ in range(40)}
-    eventually(lambda: "circuit bank opened" in texts(fleet), what=texts(fleet)[-3000:])
+    eventually(
+        lambda: "circuit bank opened" in texts(fleet), what=lambda: texts(fleet)[-3000:]
+    )
     always(lambda: not fleet.notes("paid"), for_s=OUTAGE_S, every_s=1)
     bank.is_away = False
 
@@ -296,7 +303,7 @@ def test_a_plain_pybreaker_is_a_circuit(make_fleet: FleetMaker, down: Path) -> N
         eventually(lambda number=number: len(fleet.notes("failed_call")) > number)
     waiting = fleet.send("pay_by_own", str(down))
 
-    eventually(lambda: waiting.state == "RETRY", what=texts(fleet)[-3000:])
+    eventually(lambda: waiting.state == "RETRY", what=lambda: texts(fleet)[-3000:])
     assert len(fleet.notes("failed_call")) == 3
 
 
@@ -406,7 +413,7 @@ def test_a_worker_does_not_stop_as_empty_while_its_queue_is_paused(
     waiting = fleet.send("pay_or_pause", str(down.with_name("up")))
     worker = fleet.worker("--stop-when-empty")
     assert "queue bank is paused" in worker.text
-    always(lambda: worker.is_alive, for_s=5, what=worker.text)
+    always(lambda: worker.is_alive, for_s=5, what=lambda: worker.text)
     fleet.command("resilience", "circuits", "close", "bank")
 
     assert worker.wait() == 0

@@ -102,7 +102,10 @@ def test_a_worker_collects_too(make_fleet: FleetMaker) -> None:
     for how in ("stop", "kill"):
         worker = fleet.worker("--collect-failed")
         sent = fleet.send("boom")
-        eventually(lambda sent=sent: store.resolve(sent.id), what=worker.text)
+        eventually(
+            lambda sent=sent: store.resolve(sent.id),
+            what=lambda worker=worker: worker.text,
+        )
         collector = collector_of(worker)
         if how == "stop":
             assert worker.stop() == 0
@@ -123,7 +126,7 @@ def test_a_collector_that_ends_is_started_again(
     os.kill(collector, signal.SIGKILL)
     sent = fleet.send("boom")
 
-    eventually(lambda: store.resolve(sent.id), what=worker.text)
+    eventually(lambda: store.resolve(sent.id), what=lambda: worker.text)
     assert f"the collector (pid {collector}) ended with exit code -9" in worker.text
     assert worker.stop() == 0
 
@@ -134,7 +137,7 @@ def test_a_worker_on_gevent_collects_too(make_fleet: FleetMaker) -> None:
     store = fleet.failed.store
     worker = fleet.worker("--collect-failed", pool="gevent")
     sent = fleet.send("boom")
-    eventually(lambda: store.resolve(sent.id), what=worker.text)
+    eventually(lambda: store.resolve(sent.id), what=lambda: worker.text)
 
     (collector,) = worker.children()
     os.kill(collector, signal.SIGKILL)
@@ -157,7 +160,7 @@ def test_a_store_that_hangs_does_not_hold_up_a_stop(
     store = fleet.failed.store
     worker = fleet.worker("--collect-failed")
     first = fleet.send("boom")
-    eventually(lambda: store.resolve(first.id), what=worker.text)
+    eventually(lambda: store.resolve(first.id), what=lambda: worker.text)
 
     frozen = backends(postgresql)
     for process in frozen:
@@ -182,7 +185,7 @@ def test_an_embedded_collector_waits_for_its_store(
     worker = fleet.worker("--collect-failed")
     postgresql.kill()
     sent = fleet.send("boom")
-    eventually(lambda: "cannot collect" in worker.text, what=worker.text)
+    eventually(lambda: "cannot collect" in worker.text, what=lambda: worker.text)
     postgresql.start()
 
     eventually(lambda: fleet.failed.store.resolve(sent.id), every_s=0.5, within_s=60)
@@ -210,7 +213,7 @@ def test_a_failed_queue_is_not_added_to_a_running_worker(
     worker = fleet.worker()
     failed_queue = f"{fleet.conf['resilience_namespace']}.failed"
     fleet.app.control.add_consumer(failed_queue)
-    eventually(lambda: "refused to consume" in worker.text, what=worker.text)
+    eventually(lambda: "refused to consume" in worker.text, what=lambda: worker.text)
     sent = fleet.send("boom")
 
     assert fleet.record_of(sent.id)["state"] == "unresolved"

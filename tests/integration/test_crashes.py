@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import Counter
 from typing import Any
@@ -40,7 +41,7 @@ def keep_running(worker: Worker, until: Any, within_s: float = 180) -> int:
             worker.start()
         return until()
 
-    eventually(look, within_s=within_s, every_s=0.2, what=worker.text[-3000:])
+    eventually(look, within_s=within_s, every_s=0.2, what=lambda: worker.text[-3000:])
     return deaths
 
 
@@ -172,6 +173,24 @@ def test_max_crashes_of_the_task_the_flag_and_the_setting(
 
     assert fleet.record_of(killer.id)["reason"] == "worker_lost"
     assert fleet.runs(killer.id) == 1
+
+
+def test_each_crash_is_told_once(make_fleet: FleetMaker) -> None:
+    """Those after which the task runs again too, with the task and what ended it."""
+    fleet = make_fleet("redis", resilience_log_format="json", resilience_max_crashes=3)
+    worker = fleet.worker()
+    killer = fleet.send("killed_late")
+    assert fleet.record_of(killer.id)["reason"] == "worker_lost"
+
+    lines = [json.loads(it) for it in worker.text.splitlines() if it.startswith("{")]
+    told = [it for it in lines if it["logger"] == "celery_resilience.outcome"]
+    assert [it["crashes"] for it in told] == [1, 2]
+    for line in told:
+        assert (line["event"], line["level"]) == ("task_requeued", "WARNING")
+        assert (line["task"], line["task_id"]) == ("killed_late", killer.id)
+        assert line["reason"] == "worker_lost"
+        assert line["error"].endswith("signal 9 (SIGKILL).")
+        assert line["delay_s"] > 0
 
 
 def test_crashes_before_the_window_are_forgotten(make_fleet: FleetMaker) -> None:
@@ -394,6 +413,6 @@ def test_plain_celery_loses_an_early_acked_task_at_a_cold_stop(
     (fleet.folder / "end").touch()
     last = fleet.worker()
     sent = fleet.send("ok")
-    eventually(lambda: sent.state == "SUCCESS", what=last.text)
+    eventually(lambda: sent.state == "SUCCESS", what=lambda: last.text)
     assert early.state == "RETRY"
     assert fleet.runs(early.id) == 1

@@ -99,7 +99,7 @@ def dead(
         publish(plain, f"{name}.full", ids["maxlen"])
         publish(plain, f"{name}.full", "the newer one")
         publish(plain, f"{name}.late", body=b"hello")
-        eventually(lambda: depth(plain, dead) == len(ids) + 1, what=worker.text)
+        eventually(lambda: depth(plain, dead) == len(ids) + 1, what=lambda: worker.text)
         assert worker.stop() == 0
         yield Dead(fleet, name, dead, ids)
     finally:
@@ -147,7 +147,7 @@ def test_a_replay_goes_to_its_origin_once_and_at_once(dead: Dead) -> None:
     (fleet.folder / "cured").touch()
     sent = fleet.failed.replay([records[id]["id"] for id in ids]).sent
     assert len(sent) == len(ids)
-    eventually(lambda: all(effects(fleet, id) for id in ids), what=worker.text)
+    eventually(lambda: all(effects(fleet, id) for id in ids), what=lambda: worker.text)
     eventually(
         lambda: {fleet.records()[id]["state"] for id in ids} == {"resolved"},
         every_s=0.2,
@@ -173,7 +173,7 @@ def test_what_we_kept_and_the_broker_moved_is_one_failure(
     declare(fleet, f"{name}.dead")
     worker = fleet.worker()
     sent = fleet.send("rejected")
-    eventually(lambda: depth(fleet, f"{name}.dead") == 1, what=worker.text)
+    eventually(lambda: depth(fleet, f"{name}.dead") == 1, what=lambda: worker.text)
 
     record = fleet.record_of(sent.id)
 
@@ -182,7 +182,7 @@ def test_what_we_kept_and_the_broker_moved_is_one_failure(
     assert record["exception"] == "celery.exceptions.Reject"
     assert record["failed_queue"] == fleet.conf["resilience_namespace"] + ".failed"
     fleet.failed.replay([record["id"]])
-    eventually(lambda: depth(fleet, f"{name}.dead") == 1, what=worker.text)
+    eventually(lambda: depth(fleet, f"{name}.dead") == 1, what=lambda: worker.text)
     assert len(fleet.records()[sent.id]["attempts"]) == 2
 
 
@@ -203,7 +203,7 @@ def test_a_delayed_task_that_we_kept_is_replayed_at_once(
     cured.touch()
     fleet.failed.replay([record["id"]])
 
-    eventually(lambda: effects(fleet, sent.id), what=worker.text, within_s=2)
+    eventually(lambda: effects(fleet, sent.id), what=lambda: worker.text, within_s=2)
     eventually(lambda: fleet.records()[sent.id]["state"] == "resolved", every_s=0.2)
     assert effects(fleet, sent.id) == 1
 
@@ -280,7 +280,7 @@ def test_a_list_on_redis_is_collected_whatever_its_priorities(
     assert records["moved"]["queue"] == f"{name}.other"
     assert records["straight-there"]["queue"] == name
     fleet.failed.replay([records["straight-there"]["id"]])
-    eventually(lambda: fleet.runs("straight-there") == 1, what=worker.text)
+    eventually(lambda: fleet.runs("straight-there") == 1, what=lambda: worker.text)
 
 
 # --- mistakes -------------------------------------------------------------------------
@@ -342,7 +342,9 @@ def test_a_running_worker_is_not_given_one(make_fleet: FleetMaker) -> None:
         worker = fleet.worker()
         assert f"dead-letter queues {name}.dead; " in worker.text
         fleet.app.control.add_consumer(f"{name}.dead")
-        eventually(lambda: "refused to consume" in worker.text, what=worker.text)
+        eventually(
+            lambda: "refused to consume" in worker.text, what=lambda: worker.text
+        )
         sent = fleet.send("boom")
         record = fleet.record_of(sent.id)
     finally:

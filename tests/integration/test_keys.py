@@ -45,7 +45,7 @@ def ends(fleet: Fleet, *ids: str, within_s: float = 60) -> list[Any]:
         lambda: all(result.ready() for result in found),
         within_s=within_s,
         every_s=0.1,
-        what=f"{[r.state for r in found]} {logs(fleet)}",
+        what=lambda: f"{[r.state for r in found]} {logs(fleet)}",
     )
     return [result.result for result in found]
 
@@ -349,7 +349,7 @@ def test_a_finished_key_outlives_its_worker(
             worker.start()
         return first.ready()
 
-    eventually(look, within_s=60, what=worker.text[-3000:], every_s=0.2)
+    eventually(look, within_s=60, what=lambda: worker.text[-3000:], every_s=0.2)
 
     assert first.result == "next"
     assert ends(fleet, first.parent.id) == [{"order": 1, "amount": 10}]
@@ -377,7 +377,9 @@ def test_a_run_that_outlived_its_lease_is_refused(
     eventually(lambda: fleet.runs(task_id))
     pids = stopped(paused)
     other = fleet.worker(concurrency=1)
-    eventually(lambda: fleet.runs(task_id) == 2, within_s=30, what=other.text[-2000:])
+    eventually(
+        lambda: fleet.runs(task_id) == 2, within_s=30, what=lambda: other.text[-2000:]
+    )
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
 
@@ -418,7 +420,7 @@ def test_canvases_with_duplicates_complete_once(
     eventually(
         lambda: all(result.ready() for result in (*everything, *groups)),
         within_s=60,
-        what=worker.text[-3000:],
+        what=lambda: worker.text[-3000:],
         every_s=0.2,
     )
 
@@ -469,7 +471,7 @@ def test_what_will_not_run_frees_its_reservation(make_fleet: FleetMaker) -> None
     for name, before in (("a", expired), ("b", revoked)):
         eventually(
             lambda n=name, b=before: fleet.send("unique", n, countdown=60).id != b.id,
-            what=worker.text[-2000:],
+            what=lambda: worker.text[-2000:],
             every_s=0.2,
         )
     assert not fleet.notes("unique")
@@ -651,5 +653,5 @@ def test_a_store_in_redis_that_forgets_is_told(
     fleet = make_fleet("redis", resilience_store_url=server.url)
     worker = fleet.worker()
 
-    eventually(lambda: "maxmemory-policy" in worker.text, what=worker.text)
-    eventually(lambda: "keeps nothing on disk" in worker.text, what=worker.text)
+    eventually(lambda: "maxmemory-policy" in worker.text, what=lambda: worker.text)
+    eventually(lambda: "keeps nothing on disk" in worker.text, what=lambda: worker.text)

@@ -67,7 +67,7 @@ def test_what_beat_sends_has_its_effect_once(make_fleet: FleetMaker) -> None:
     fleet = fleet_of(make_fleet, "redis", "redis", beat_schedule={"charge": entry})
     worker = fleet.worker("--beat", "--schedule", str(fleet.folder / "beat"))
 
-    eventually(lambda: worker.text.count("Task charge[") >= 8, what=worker.text)
+    eventually(lambda: worker.text.count("Task charge[") >= 8, what=lambda: worker.text)
 
     assert worker.stop() == 0
     assert counts(fleet, "charged") == {1: 1}

@@ -59,7 +59,7 @@ def test_what_waits_runs_without_the_package(
             sorted(line[1] for line in fleet.notes("effect"))
             == sorted([failed.id, snoozed.id, keyed.id])
         ),
-        what=plain.text,
+        what=lambda: plain.text,
     )
     assert plain.stop() == 0
     assert "celery-resilience" not in plain.text
@@ -80,7 +80,7 @@ def test_half_a_fleet_keeps_what_it_runs(make_fleet: FleetMaker) -> None:
     eventually(
         lambda: len(fleet.records()) + plain.text.count("raised unexpected") == 30,
         every_s=1,
-        what=ours.text[-2000:],
+        what=lambda: ours.text[-2000:],
     )
     kept = set(fleet.records())
     assert 0 < len(kept) < 30
@@ -126,7 +126,7 @@ def test_a_replay_that_a_plain_worker_runs_is_given_up_by_hand(
     fleet.failed.replay([record["id"]])
     fleet.is_plain = True
     plain = fleet.worker()
-    eventually(lambda: fleet.notes("effect"), what=plain.text)
+    eventually(lambda: fleet.notes("effect"), what=lambda: plain.text)
     assert plain.stop() == 0
 
     fleet.is_plain = False

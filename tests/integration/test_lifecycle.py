@@ -218,7 +218,7 @@ def test_what_has_not_started_is_for_others_at_once(
 
     draining.signal(signal.SIGTERM)
     other = fleet.worker(concurrency=1)
-    eventually(lambda: all(fleet.runs(id) == 1 for id in ids), what=other.text)
+    eventually(lambda: all(fleet.runs(id) == 1 for id in ids), what=lambda: other.text)
     assert draining.is_alive
     end.touch()
     assert draining.wait() == 0

@@ -35,7 +35,7 @@ def test_inspect_names_what_grows(make_fleet: FleetMaker) -> None:
     fleet = make_fleet("redis", resilience_memory_recycle_mib="50%")
     worker = fleet.worker(concurrency=1)
     sent = [fleet.send("leak", 10), fleet.send("leak", 10), fleet.send("spike", 50)]
-    eventually(lambda: done(sent), what=worker.text[-2000:])
+    eventually(lambda: done(sent), what=lambda: worker.text[-2000:])
 
     figures = memory_of(fleet, worker)
     (child,) = figures["children"]
@@ -70,7 +70,7 @@ def test_a_spike_that_is_given_back_is_no_growth(
     worker = fleet.worker(concurrency=1)
     sent = [fleet.send("spike", 300), *(fleet.send("leak", 0) for _ in range(3))]
 
-    eventually(lambda: done(sent), what=worker.text[-2000:])
+    eventually(lambda: done(sent), what=lambda: worker.text[-2000:])
     (spiked,), (*after,) = pids(fleet, "spike"), pids(fleet, "leak")
     assert all((pid != spiked) is is_plain for pid in after)
 
@@ -93,7 +93,7 @@ def test_a_fat_main_process_does_not_recycle_for_ever(
     worker = fleet.worker(concurrency=1)
     sent = [fleet.send("leak", 0) for _ in range(3)]
 
-    eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
+    eventually(lambda: done(sent), within_s=60, what=lambda: worker.text[-2000:])
     assert len(set(pids(fleet, "leak"))) == (3 if is_plain else 1)
 
 
@@ -103,7 +103,7 @@ def test_a_limit_below_what_a_child_needs_is_told(make_fleet: FleetMaker) -> Non
     worker = fleet.worker("--memory-recycle-mib", "20", concurrency=1)
     sent = [fleet.send("leak", 30) for _ in range(8)]
 
-    eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
+    eventually(lambda: done(sent), within_s=60, what=lambda: worker.text[-2000:])
     assert worker.text.count("it is below what a child needs") == 1
     runs = Counter(pids(fleet, "leak"))
     assert [*runs.values()][:3] == [1, 2, 2]

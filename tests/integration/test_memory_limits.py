@@ -73,7 +73,7 @@ class Limited:
         record = fleet.record_of(sent.id)
         self._failed += 1
         self._succeeded += len(neighbours)
-        eventually(lambda: done(neighbours), what=worker.text[-3000:])
+        eventually(lambda: done(neighbours), what=lambda: worker.text[-3000:])
         eventually(lambda: sent.state == "FAILURE")
         assert record["reason"] == "memory_limit"
         assert record["exception"].endswith("MemoryLimitExceeded")

@@ -38,7 +38,7 @@ def test_a_child_that_grew_is_recycled(
     worker = fleet.worker()
     sent = [fleet.send("leak", 5) for _ in range(30)]
 
-    eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
+    eventually(lambda: done(sent), within_s=60, what=lambda: worker.text[-2000:])
     assert worker.stop() == 0
     assert sorted(line[1] for line in fleet.notes("leak")) == sorted(r.id for r in sent)
     assert worker.outcomes() == {"received": 30, "succeeded": 30}
@@ -60,7 +60,7 @@ def test_a_recycled_childs_slot_is_free_at_once(make_fleet: FleetMaker) -> None:
     worker = fleet.worker(concurrency=1)
     sent = [fleet.send("leak", 0) for _ in range(14)]
 
-    eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
+    eventually(lambda: done(sent), within_s=60, what=lambda: worker.text[-2000:])
     assert len(set(pids(fleet, "leak"))) == 14
     assert gaps(fleet)[7] < 2
     assert gaps(fleet)[-1] < 4
@@ -89,7 +89,7 @@ def test_a_recycle_loses_nothing(
     sent = [fleet.send("leak", 0) for _ in range(count)]
 
     eventually(lambda: len(fleet.notes("ended")) >= count, within_s=120, every_s=0.5)
-    eventually(lambda: done(sent), what=worker.text[-2000:])
+    eventually(lambda: done(sent), what=lambda: worker.text[-2000:])
     assert worker.stop() == 0
     assert sorted(line[1] for line in fleet.notes("leak")) == sorted(r.id for r in sent)
     assert len(set(pids(fleet, "leak"))) >= count // every
@@ -109,7 +109,7 @@ def test_spawned_children_are_recycled_too(make_fleet: FleetMaker) -> None:
     sent = [fleet.send("leak", 11) for _ in range(4)]
 
     assert fleet.record_of(greedy.id)["reason"] == "memory_limit"
-    eventually(lambda: done(sent), within_s=60, what=worker.text[-2000:])
+    eventually(lambda: done(sent), within_s=60, what=lambda: worker.text[-2000:])
     first, second, third, fourth = pids(fleet, "leak")
     assert first == second != third == fourth
     assert fleet.notes("handlers wait") == [["handlers wait", True]] * 4

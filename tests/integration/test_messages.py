@@ -32,7 +32,7 @@ def ended(fleet: Fleet, *ids: str) -> None:
     eventually(
         lambda: all(fleet.runs(task_id) for task_id in ids),
         within_s=30,
-        what=fleet.workers[0].text[-2000:],
+        what=lambda: fleet.workers[0].text[-2000:],
     )
 
 

@@ -42,7 +42,7 @@ def test_a_worker_is_live_and_ready_and_then_drains(
     port = free_port()
     fleet = make_fleet("redis")
     worker = fleet.worker("--health-port", f"127.0.0.1:{port}", pool=pool)
-    eventually(lambda: status(port, "/ready") == 200, what=worker.text)
+    eventually(lambda: status(port, "/ready") == 200, what=lambda: worker.text)
     assert status(port, "/live") == 200
     assert status(port, "/elsewhere") == 404
     end = fleet.folder / "end"
@@ -97,7 +97,9 @@ def test_without_its_broker_a_worker_is_live_and_not_ready(
     assert "the broker is not connected" in probe(port, "/ready")[1]["reasons"]
     assert status(port, "/live") == 200
     server.start()
-    eventually(lambda: status(port, "/ready") == 200, within_s=60, what=worker.text)
+    eventually(
+        lambda: status(port, "/ready") == 200, within_s=60, what=lambda: worker.text
+    )
 
 
 def test_a_store_that_is_away_is_not_ready_and_live(

@@ -140,7 +140,7 @@ def test_a_running_task_survives_a_lost_connection(cut_fleet: Any, pool: str) ->
     eventually(lambda: fleet.runs(sent.id) == 1)
 
     proxy.cut()
-    eventually(lambda: reconnected(worker), what=worker.text)
+    eventually(lambda: reconnected(worker), what=lambda: worker.text)
     end.touch()
 
     eventually(lambda: slept(fleet) == 1)
@@ -164,7 +164,7 @@ def test_a_task_that_ends_while_disconnected_is_acknowledged(cut_fleet: Any) -> 
     eventually(lambda: slept(fleet) == 1)
     proxy.accept()
 
-    eventually(lambda: unacked(fleet) == 0, what=worker.text)
+    eventually(lambda: unacked(fleet) == 0, what=lambda: worker.text)
     assert queued(fleet) == 0
     assert worker.stop() == 0
     assert fleet.runs(sent.id) == 1
@@ -182,7 +182,7 @@ def test_what_had_not_started_is_given_back(cut_fleet: Any) -> None:
     eventually(lambda: unacked(fleet) >= 4)
 
     proxy.cut()
-    eventually(lambda: reconnected(worker), what=worker.text)
+    eventually(lambda: reconnected(worker), what=lambda: worker.text)
     end.touch()
 
     eventually(lambda: len(fleet.notes("ok")) == 4, within_s=60)
@@ -204,7 +204,7 @@ def test_a_task_that_is_cancelled_with_the_connection_is_given_back(
     eventually(lambda: fleet.runs(sent.id) == 1)
 
     proxy.cut()
-    eventually(lambda: fleet.runs(sent.id) == 2, what=worker.text)
+    eventually(lambda: fleet.runs(sent.id) == 2, what=lambda: worker.text)
     end.touch()
 
     eventually(lambda: slept(fleet) == 1)
@@ -259,7 +259,7 @@ def test_a_connection_that_breaks_while_it_takes_over(cut_fleet: Any) -> None:
     eventually(lambda: took_over(worker) == 1)
     end.touch()
 
-    eventually(lambda: len(fleet.notes("ok")) == 3, what=worker.text)
+    eventually(lambda: len(fleet.notes("ok")) == 3, what=lambda: worker.text)
     eventually(lambda: unacked(fleet) == 0)
     assert queued(fleet) == 0
     assert worker.stop() == 0
@@ -278,15 +278,15 @@ def test_an_unknown_task_that_is_held_outlives_its_connection(
         client = connection.default_channel.client
         client.set(failed_queue, "no list, so that nothing can be pushed")
         sent = fleet.app.send_task("no.such.task")
-        eventually(lambda: "cannot publish" in worker.text, what=worker.text)
+        eventually(lambda: "cannot publish" in worker.text, what=lambda: worker.text)
 
         proxy.refuse()
         eventually(lambda: "onnection to broker lost" in worker.text)
         proxy.accept()
         client.delete(failed_queue)
 
-    eventually(lambda: took_over(worker), what=worker.text)
-    eventually(lambda: unacked(fleet) == 0, what=worker.text)
+    eventually(lambda: took_over(worker), what=lambda: worker.text)
+    eventually(lambda: unacked(fleet) == 0, what=lambda: worker.text)
     assert fleet.record_of(sent.id)["reason"] == "unknown_task"
     assert worker.stop() == 0
     assert worker.outcomes() == {"received": 1, "failed": 1}
@@ -307,7 +307,7 @@ def test_plain_celery_starts_a_second_copy(
         sent = fleet.send("sleep", 60, str(end))
         eventually(lambda: fleet.runs(sent.id) == 1)
         proxy.cut()
-        eventually(lambda: fleet.runs(sent.id) == 2, what=worker.text)
+        eventually(lambda: fleet.runs(sent.id) == 2, what=lambda: worker.text)
         end.touch()
     finally:
         fleet.close()

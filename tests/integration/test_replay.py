@@ -357,7 +357,7 @@ def test_the_store_is_down_at_the_fence(
     fleet.failed.replay([fleet.records()[id]["id"]])
     postgresql.kill()
     worker.start()
-    eventually(lambda: "a replay waits" in worker.text, what=worker.text)
+    eventually(lambda: "a replay waits" in worker.text, what=lambda: worker.text)
     always(lambda: not effects(fleet), for_s=1)
     postgresql.start()
 

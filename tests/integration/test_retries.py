@@ -39,7 +39,7 @@ def fleet(
 
 def result_of(fleet: Fleet, sent: Any) -> Any:
     """What a task came to."""
-    eventually(sent.ready, within_s=90, what=fleet.workers[0].text[-4000:])
+    eventually(sent.ready, within_s=90, what=lambda: fleet.workers[0].text[-4000:])
     return sent.get(timeout=1)
 
 
@@ -136,7 +136,9 @@ def test_retries_wait_and_belong_to_what_their_run_belonged_to(fleet: Fleet) -> 
 
     record = fleet.record_of(exhausted.id)
     fleet.failed.replay([record["id"]])
-    eventually(lambda: len(runs(fleet, exhausted)) == 12, what=text.text[-3000:])
+    eventually(
+        lambda: len(runs(fleet, exhausted)) == 12, what=lambda: text.text[-3000:]
+    )
     assert runs(fleet, exhausted) == [0, 1, 2, 3, 4, 5] * 2
     replayed = eventually(
         lambda: (
@@ -148,7 +150,9 @@ def test_retries_wait_and_belong_to_what_their_run_belonged_to(fleet: Fleet) -> 
     assert len(replayed["attempts"]) == 7  # those of the first message are forgotten
 
     guarded = [fleet.send("ruled_guarded", ["connection"]) for _ in range(3)]
-    eventually(lambda: "circuit ruled opened" in text.text, what=text.text[-3000:])
+    eventually(
+        lambda: "circuit ruled opened" in text.text, what=lambda: text.text[-3000:]
+    )
     assert not {it.id for it in guarded} & set(fleet.records())
 
 
@@ -163,6 +167,6 @@ def test_a_worker_that_dies_before_its_ack_loses_no_retry(
     worker.start()
 
     assert result_of(fleet, sent) == "paid"
-    eventually(lambda: len(runs(fleet, sent)) >= 3, what=worker.text[-3000:])
+    eventually(lambda: len(runs(fleet, sent)) >= 3, what=lambda: worker.text[-3000:])
     assert set(runs(fleet, sent)) == {0, 1}
     assert sent.id not in fleet.records()

@@ -61,7 +61,7 @@ def trip(fleet: Fleet, down: Path) -> None:
         fleet.send("pay", str(down))
     eventually(
         lambda: any("circuit bank opened" in w.text for w in fleet.workers),
-        what=fleet.workers[0].text[-3000:],
+        what=lambda: fleet.workers[0].text[-3000:],
     )
 
 
@@ -147,7 +147,7 @@ def test_five_thousand_snoozed_tasks_are_held_by_nobody(
         lambda: shelved(fleet) >= at_least,
         within_s=120,
         every_s=0.2,
-        what=worker.text[-2000:],
+        what=lambda: worker.text[-2000:],
     )
     waits += [unrelated_s(fleet) for _ in range(2)]
     grown = {pid: rss - before.get(pid, rss) for pid, rss in rss_mib(worker).items()}
@@ -156,7 +156,7 @@ def test_five_thousand_snoozed_tasks_are_held_by_nobody(
         lambda: len(paid(fleet, back)) >= len(back),
         within_s=120,
         every_s=0.2,
-        what=worker.text[-2000:],
+        what=lambda: worker.text[-2000:],
     )
     assert max(grown.values()) < GROWS_MIB
     assert max(waits) < 1
@@ -190,7 +190,7 @@ def test_a_killed_worker_leaves_its_snoozed_tasks_to_another(
     page = MetricsPage(free_port())
     first = fleet.worker(*page.flags, pool=pool)
     sent = [fleet.send("snoozed_for", WAITS_S) for _ in range(10)]
-    eventually(lambda: shelved(fleet) == 10, what=first.text[-3000:])
+    eventually(lambda: shelved(fleet) == 10, what=lambda: first.text[-3000:])
     # They are acknowledged by then; killed before, it would leave the broker's copy too.
     eventually(lambda: page.sum(OUTCOMES, outcome="requeued") == 10)
     first.kill()
@@ -200,7 +200,7 @@ def test_a_killed_worker_leaves_its_snoozed_tasks_to_another(
     eventually(
         lambda: all(fleet.runs(it.id) >= 2 for it in sent),
         within_s=60,
-        what=second.text[-3000:],
+        what=lambda: second.text[-3000:],
     )
     second.stop()
     assert shelved(fleet) == 0

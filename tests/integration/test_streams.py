@@ -50,7 +50,7 @@ def done(url: str) -> Counter[int]:
 def result_of(fleet: Fleet, task_id: str) -> Any:
     """What a task returned, once it has."""
     result = fleet.app.AsyncResult(task_id)
-    eventually(result.ready, within_s=60, what=fleet.workers[0].text[-3000:])
+    eventually(result.ready, within_s=60, what=lambda: fleet.workers[0].text[-3000:])
     return result.get(timeout=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import promql_parser
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 import celery_resilience
+from celery_resilience import command
 from celery_resilience.telemetry import dashboards
 from celery_resilience.telemetry.instruments import (
     ALL,
@@ -142,6 +144,25 @@ def test_the_rules_are_ones_that_prometheus_loads() -> None:
         assert re.fullmatch(r"\d+[mh]", rule["for"])
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_what_an_alert_says_can_be_typed() -> None:
+    """Each command of ours in it is one, with options that it has."""
+    groups = {"failed": command.failed, "resilience": command.resilience}
+    typed = [
+        text.removeprefix("celery -A YOUR_APP ")
+        for alert in dashboards.ALERTS
+        for text in re.split(r"[;,] ", alert.what_to_do)
+        if text.startswith("celery ")
+    ]
+
+    assert len(typed) >= 10
+    for text in typed:
+        room, verb, *words = shlex.split(text)
+        if room == "inspect":
+            assert verb in ("active", "resilience_memory")
+        else:
+            groups[room].commands[verb].make_context(verb, words)
 
 
 def test_every_metric_is_told_of() -> None:

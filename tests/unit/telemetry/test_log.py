@@ -20,7 +20,7 @@ from unit.log_records import recorded
 from unit.specimens import HOSTILE_TEXT, a_failure, a_settlement, replay_mark
 
 from celery_resilience.events import emit
-from celery_resilience.outcome import EVENTS, Outcome, Settlement
+from celery_resilience.outcome import EVENTS, Outcome, Reason, Settlement
 from celery_resilience.redaction import show_arguments
 from celery_resilience.telemetry import log as module
 from celery_resilience.telemetry.log import FailureLog
@@ -377,6 +377,15 @@ def test_the_attributes_hold_no_control_character_either(
                 "(attempt 1, queue shop)"
             ),
         ),
+        (
+            Outcome.REQUEUED,
+            Reason.WORKER_LOST,
+            {"delay_s": 2.0, "error": "signal 9 (SIGKILL)", "crashes": 1},
+            (
+                "task requeued: shop.ship[task-1] in 2 s: worker_lost: signal 9 "
+                "(SIGKILL) (attempt 1, queue shop, crashes 1)"
+            ),
+        ),
     ],
 )
 def test_what_comes_again_or_did_nothing_is_one_line(
@@ -386,18 +395,20 @@ def test_what_comes_again_or_did_nothing_is_one_line(
     facts: dict[str, Any],
     said: str,
 ) -> None:
-    """Of INFO, with its reason, as a sentence and as attributes."""
+    """Of INFO, or a crash as a warning, with its reason, as sentence and attributes."""
+    level = logging.WARNING if "crashes" in facts else logging.INFO
     failure_log(None).attach()
 
     ended = a_settlement(outcome=outcome, reason=reason, facts=facts)
     emit(EVENTS[outcome], settlement=ended)
 
     (record,) = records
-    assert (record.name, record.levelno) == ("celery_resilience.outcome", logging.INFO)
+    assert (record.name, record.levelno) == ("celery_resilience.outcome", level)
     assert record.getMessage() == said
     assert vars(record)["event_name"] == f"task_{outcome}"
     assert vars(record)["reason"] == reason
     assert vars(record)["delay_s"] == facts.get("delay_s")
+    assert vars(record)["crashes"] == facts.get("crashes")
 
 
 def test_a_date_is_no_delay(records: list[logging.LogRecord]) -> None:
@@ -503,11 +514,12 @@ def test_threads_lose_no_count(records: list[logging.LogRecord]) -> None:
 def test_an_attached_log_hears_each_outcome_once(
     records: list[logging.LogRecord],
 ) -> None:
-    """Failures are errors; successes, and what others tell of, are not told."""
+    """Failures are errors; successes, and what was put back, are not told."""
     failure_log("json").attach()
 
     for outcome in Outcome:
-        emit(EVENTS[outcome], settlement=settlement(outcome=outcome))
+        ended = settlement(outcome=outcome, reason=Reason.INTERRUPTED)
+        emit(EVENTS[outcome], settlement=ended)
 
     assert [vars(it)["event_name"] for it in records] == [
         "task_skipped",
