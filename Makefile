@@ -16,7 +16,7 @@ help: ## this list
 
 test: lint build ## everything; PYTEST_ARGS='-k word'
 	$(BIN)/python -m tests.services
-	cd tests && ../$(BIN)/pytest -q --numprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	cd tests && ../$(BIN)/pytest -q --numprocesses 5 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 unit: $(VENV)/test-ready ## what needs no server, in seconds
 	cd tests && ../$(BIN)/pytest -q unit $(PYTEST_ARGS)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import warm_python
 from polling import eventually
 from services import kill_group
 
@@ -111,8 +112,9 @@ class Project:
     ) -> subprocess.Popen[str]:
         """Start Python in the project's folder; *settings* beat those of the file."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(
+        return warm_python.popen(
             [sys.executable, *command],
+            imported=warm_python.DJANGO,
             cwd=self.folder,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -140,7 +142,8 @@ class Project:
             "os.environ.setdefault('DJANGO_SETTINGS_MODULE', 'shop.settings')\n"
             "django.setup()\n"
         )
-        return self.python("-c", begin + textwrap.dedent(source), **options)
+        (self.folder / "script.py").write_text(begin + textwrap.dedent(source))
+        return self.python("script.py", **options)
 
     @contextlib.contextmanager
     def worker(

@@ -1,5 +1,5 @@
 """
-Starts `python -m celery …` in a process that has imported Celery already.
+Starts Python in a process that has imported Celery already, or Django too.
 
 Two thirds of what a small test costs is the start of interpreters. A server, which is
 this file as a program, has imported what every worker imports of others' packages and
@@ -34,6 +34,13 @@ IMPORTED = (
     *("click", "psutil", "pybreaker", "redis", "sqlalchemy"),
 )
 
+#: Of a project of Django: what `manage.py` imports before it knows its settings.
+DJANGO = (
+    *IMPORTED,
+    "django.core.management",
+    "django.core.management.commands.migrate",
+)
+
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_REQUEST = 1 << 20
 
@@ -48,15 +55,27 @@ def can_be_warm(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     conf = environment.get("FLEET_CONF", "")
     return (
         sys.platform == "linux"
-        and list(command[:3]) == [sys.executable, "-m", "celery"]
-        and not {"gevent", "eventlet"} & set(command)
+        and command[0] == sys.executable
+        and (
+            list(command[1:3]) == ["-m", "celery"] or command[1] in ("manage.py", "-c")
+        )
+        and not any(word.endswith(("gevent", "eventlet")) for word in command)
         and "fleet_sentry" not in conf
         and "fleet_spans" not in conf
     )
 
 
 class WarmPopen(subprocess.Popen[Any]):
-    """`subprocess.Popen` of `python -m …` with all three streams, by a server."""
+    """
+    `subprocess.Popen` of Python with all three streams, by a server.
+
+    Args:
+        imported: What its server has imported.
+    """
+
+    def __init__(self, *args: Any, imported: tuple[str, ...], **options: Any) -> None:
+        self._imported = imported
+        super().__init__(*args, **options)
 
     def _execute_child(self, *words: Any) -> None:
         args, cwd, env = words[0], words[5], words[6]
@@ -69,16 +88,19 @@ class WarmPopen(subprocess.Popen[Any]):
             "starts_session": bool(starts_session),
         }
         try:
-            self.pid = _server().start(request, (stdin, stdout, stderr))
+            self.pid = _server(self._imported).start(request, (stdin, stdout, stderr))
             self._child_created = True
         finally:
             self._close_pipe_fds(*pipes)
 
 
-def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+def popen(
+    command: Sequence[str], *, imported: tuple[str, ...] = IMPORTED, **options: Any
+) -> subprocess.Popen[Any]:
     """As `subprocess.Popen`, warm where that is possible."""
-    is_warm = can_be_warm(command, options["env"])
-    return (WarmPopen if is_warm else subprocess.Popen)(command, **options)
+    if can_be_warm(command, options["env"]):
+        return WarmPopen(command, imported=imported, **options)
+    return subprocess.Popen(command, **options)
 
 
 def run(command: Sequence[str], *, timeout: float, **options: Any) -> Any:
@@ -98,12 +120,12 @@ def run(command: Sequence[str], *, timeout: float, **options: Any) -> Any:
 class _Server:
     """The process that forks, for this one; it ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, imported: tuple[str, ...]) -> None:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), *imported],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -129,8 +151,8 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(imported: tuple[str, ...]) -> _Server:
+    return _Server(imported)
 
 
 # --- the server ----------------------------------------------------------------------
@@ -139,7 +161,7 @@ def _server() -> _Server:
 def main() -> None:
     """Import, and fork for each request until the other end is closed."""
     server = socket.socket(fileno=int(sys.argv[1]))
-    for name in IMPORTED:
+    for name in sys.argv[2:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     server.send(b"ready")
@@ -169,7 +191,7 @@ def main() -> None:
 
 
 def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
-    """Be `python -m …`, as far as that can be told."""
+    """Be `python …`, as far as that can be told."""
     if request["starts_session"]:
         os.setsid()
     os.chdir(request["cwd"])
@@ -179,16 +201,15 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
         os.close(fd)
     os.environ.clear()
     os.environ.update(request["environment"])
+    first, *words = request["argv"]
+    folder = os.getcwd() if first.startswith("-") else os.path.dirname(first) or "."
     paths = os.environ.get("PYTHONPATH", "").split(":")
-    sys.path[:1] = [os.getcwd(), *(path for path in paths if path)]
+    sys.path[:1] = [os.path.abspath(folder), *(path for path in paths if path)]
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    option, module, *words = request["argv"]
-    assert option == "-m", option
-    sys.argv = [module, *words]
     code = 1
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        _run(first, words)
         code = 0
     except SystemExit as exc:
         if isinstance(exc.code, str):
@@ -198,6 +219,15 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
         sys.excepthook(*sys.exc_info())
     finally:
         _end(code)
+
+
+def _run(first: str, words: list[str]) -> None:
+    if first == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *words]
+        runpy.run_path(first, run_name="__main__")
 
 
 def _end(code: int) -> None:
