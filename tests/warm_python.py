@@ -56,9 +56,7 @@ def can_be_warm(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     return (
         sys.platform == "linux"
         and command[0] == sys.executable
-        and (
-            list(command[1:3]) == ["-m", "celery"] or command[1] in ("manage.py", "-c")
-        )
+        and (list(command[1:3]) == ["-m", "celery"] or command[1].endswith(".py"))
         and not any(word.endswith(("gevent", "eventlet")) for word in command)
         and "fleet_sentry" not in conf
         and "fleet_spans" not in conf
