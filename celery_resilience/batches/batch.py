@@ -99,6 +99,7 @@ class Batch:
         self._ended = 0
         self._is_out = False
         self._went_wrong = False
+        self._has_told_of_key = False
         #: What has passed through the present item's scope.
         self._passed: BaseException | None = None
         self._place: Any = None
@@ -439,5 +440,12 @@ class Batch:
             return str(item)
         try:
             return str(self._key_of(item))
-        except Exception:
+        except Exception as exc:
+            if self._options.key is not None and not self._has_told_of_key:
+                # It may be the item that is wrong, as it is bad.
+                self._has_told_of_key = True
+                why: object = exc  # another may have the item in it
+                if not isinstance(exc, ConfigurationError):
+                    why = f"batch {self.name!r}: key= raised {type_name(type(exc))}"
+                logger.warning("%s; items' numbers are told instead (told once)", why)
             return f"#{self._tally.items + 1}"

@@ -189,7 +189,7 @@ def test_each_crash_is_told_once(make_fleet: FleetMaker) -> None:
         assert (line["event"], line["level"]) == ("task_requeued", "WARNING")
         assert (line["task"], line["task_id"]) == ("killed_late", killer.id)
         assert line["reason"] == "worker_lost"
-        assert line["error"].endswith("signal 9 (SIGKILL).")
+        assert line["error"].endswith("signal 9 (SIGKILL)")
         assert line["delay_s"] > 0
 
 

@@ -515,6 +515,19 @@ def test_a_bad_item_is_named(key: Any, item: Any, shown: str) -> None:
     assert made.report["samples"][0]["id"] == shown
 
 
+def test_a_key_that_bad_items_do_not_have_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The items may be wrong, or the key: their numbers are shown."""
+    made = begun(Shelf(), key="idd")
+
+    work(made, [{"id": 1}, {"id": 2}], lambda item: ValueError())
+
+    assert [it["id"] for it in made.report["samples"]] == ["#1", "#2"]
+    (told,) = caplog.messages
+    assert told.startswith("batch 'rows': key='idd' names no attribute or field")
+
+
 # --- failed items are kept --------------------------------------------------------------
 
 

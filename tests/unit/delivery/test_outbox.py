@@ -102,7 +102,7 @@ class Desk:
             Outgoing(
                 message=a_message(body=name.encode(), queue=queue),
                 then=lambda: self.acked.append(name),
-                what=lambda: f"the failure of {name}",
+                what=f"the failure of {name}",
                 **options,
             )
         )
