@@ -46,6 +46,7 @@ def make_app(broker_url: str, kind: str, store_url: str | None = None) -> Celery
     base: Any = Task
     if kind == "resilient":
         app.conf.resilience_store_url = store_url
+        app.conf.resilience_log_format = os.environ.get("BENCH_LOG_FORMAT")
         # The failures of a benchmark are as old as it likes.
         app.conf.resilience_failed_keep_days = app.conf.resilience_failed_max = None
         Resilience(app)

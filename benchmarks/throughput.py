@@ -13,7 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -278,8 +280,55 @@ def measure() -> Iterator[Figure]:
                     at_least=at_least,
                     raw=raw,
                 )
+    yield from _watched()
     for broker in ("redis", "rabbitmq"):
         yield from _beside_a_collector(broker)
+
+
+def _watched() -> Iterator[Figure]:
+    """Its log as JSON and its metrics on a page, which is read each second."""
+    with (
+        services.running("redis") as server,
+        tempfile.TemporaryDirectory(prefix="resilience-bench-") as folder,
+    ):
+        plain = Side("plain", server, Path(folder))
+        address = f"127.0.0.1:{services.free_port()}"
+        watched = Side(
+            "resilient",
+            server,
+            Path(folder),
+            "--metrics-port",
+            address,
+            environment={"BENCH_LOG_FORMAT": "json"},
+        )
+        tasks, pages = ["nothing"] * EMPTY_TASKS, 0
+        has_ended = threading.Event()
+
+        def scrape() -> None:
+            nonlocal pages
+            while not has_ended.wait(1):
+                with urllib.request.urlopen(
+                    f"http://{address}/metrics", timeout=10
+                ) as page:
+                    page.read()
+                pages += 1
+
+        with plain.worker(), watched.worker():
+            reader = threading.Thread(target=scrape)
+            reader.start()
+            try:
+                for side in (plain, watched):
+                    side.run(*tasks[: EMPTY_TASKS // 5])
+                ours, theirs = interleaved(
+                    partial(watched.run, *tasks), partial(plain.run, *tasks), PAIRS
+                )
+            finally:
+                has_ended.set()
+                reader.join()
+    assert pages > 0, "nobody has read the metrics"
+    ratio, raw = ratio_of(ours, theirs)
+    what = f"{EMPTY_TASKS:,} tasks, each nothing, log and metrics on: tasks/s"
+    yield Figure(what, ratio, "x", at_least=0.96, raw=[*raw, f"{pages} pages read"])
 
 
 def _beside_a_collector(broker: str) -> Iterator[Figure]:
