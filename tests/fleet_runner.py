@@ -90,7 +90,7 @@ class Fleet:
         return eventually(
             lambda: self.records().get(task_id),
             within_s=within_s,
-            what=lambda: f"a record of {task_id}",
+            what=f"a record of {task_id}",
             every_s=0.2,
         )
 
@@ -201,7 +201,7 @@ class Worker:
             eventually(
                 lambda: self.text.count("ready.") > before or not self.is_alive,
                 within_s=60,
-                what=lambda: f"{self.name} is ready",
+                what=f"{self.name} is ready",
             )
             assert self.text.count("ready.") > before, self.text
 
@@ -242,7 +242,7 @@ class Worker:
         (code,) = eventually(
             lambda: () if (code := exit_code(process)) is None else (code,),
             within_s=within_s,
-            what=lambda: f"{self.name} has ended",
+            what=f"{self.name} has ended",
         )
         return code
 

@@ -442,10 +442,12 @@ class Batch:
             return str(self._key_of(item))
         except Exception as exc:
             if self._options.key is not None and not self._has_told_of_key:
-                # It may be the item that is wrong, as it is bad.
+                # The key may be wrong, or the item, as it is bad; its text is not told.
                 self._has_told_of_key = True
-                why: object = exc  # another may have the item in it
-                if not isinstance(exc, ConfigurationError):
-                    why = f"batch {self.name!r}: key= raised {type_name(type(exc))}"
-                logger.warning("%s; items' numbers are told instead (told once)", why)
+                logger.warning(
+                    "batch %r: key= names no item that goes wrong, as it raises %s: "
+                    "numbers are told instead (told once)",
+                    self.name,
+                    type_name(type(exc.__cause__ or exc)),
+                )
             return f"#{self._tally.items + 1}"

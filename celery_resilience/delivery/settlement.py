@@ -139,8 +139,9 @@ def failure_of_run(
         return failure_of(facts, traceback)
     kind = type_name(type(exc))
     if isinstance(exc, WorkerLostError):
-        message = f"{died_of(exc)} {request.deliveries.crashes.describe()}"
-        cause = fingerprint_of("worker_lost", request._type, died_of(exc))
+        death = died_of(exc)
+        message = f"{death} {request.deliveries.crashes.describe()}"
+        cause = fingerprint_of("worker_lost", request._type, death)
     elif isinstance(exc, TimeLimitExceeded):
         message = died_of(exc)
         cause = fingerprint_of("hard_time_limit", request._type)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import IOBase
-from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 #: Values that are looked at before the search ends: arguments are seldom so many.
 MOST = 10_000
@@ -13,41 +12,26 @@ MOST = 10_000
 #: What most arguments are.
 _HAVE_NO_KEYS = frozenset({str, int, float, bool, type(None)})
 
+#: What a value is in, the step from there to it, and its name or number there.
+_Place: TypeAlias = "tuple[_Place | None, str, Any]"
+
 #: Serializers of text, to which every key of a mapping is a text.
 KEYS_ARE_TEXTS = frozenset({"json", "application/json"})
 
 
 def changed_keys(args: Any, kwargs: Any, serializer: str) -> str | None:
     """The first place with a key that the serializer turns into a text, or None."""
-    if serializer not in KEYS_ARE_TEXTS or _keys_are_texts(args, kwargs):
+    if serializer not in KEYS_ARE_TEXTS:
         return None
-    for path, value in _values(args, kwargs):
-        if isinstance(value, Mapping):
+    for place, value in _values(args, kwargs):
+        if type(value) not in _HAVE_NO_KEYS and isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str):
                     return (
-                        f"{path} has the key {key!r}, which is a text for the task: "
-                        "pass texts as keys, or a list of pairs"
+                        f"{_path(place)} has the key {key!r}, which is a text for the "
+                        "task: pass texts as keys, or a list of pairs"
                     )
     return None
-
-
-def _keys_are_texts(args: Any, kwargs: Any) -> bool:
-    """Whether the first `MOST` values have no other keys; for each call, so no paths."""
-    waiting = [*(args or ()), *(kwargs or {}).values()]
-    for value in waiting:  # which grows
-        if type(value) in _HAVE_NO_KEYS:
-            continue
-        if isinstance(value, Mapping):
-            if not all(isinstance(key, str) for key in value):
-                return False
-            inner: Iterable[Any] = value.values()
-        elif isinstance(value, list | tuple):
-            inner = value
-        else:
-            continue
-        waiting.extend(islice(inner, max(0, MOST - len(waiting))))
-    return True
 
 
 def culprit(args: Any, kwargs: Any, can_be_sent: Callable[[Any], bool]) -> str | None:
@@ -58,7 +42,8 @@ def culprit(args: Any, kwargs: Any, can_be_sent: Callable[[Any], bool]) -> str |
         can_be_sent: Whether the serializer takes a value.
     """
     found = None
-    for path, value in _values(args, kwargs):
+    for place, value in _values(args, kwargs):
+        path = _path(place)
         # The innermost is the last one, on the way down.
         if (found is None or path.startswith(found[0])) and not can_be_sent(value):
             found = path, value
@@ -68,22 +53,32 @@ def culprit(args: Any, kwargs: Any, can_be_sent: Callable[[Any], bool]) -> str |
     return f"{path} is {_kind(value)}: pass {_instead(value)}"
 
 
-def _values(args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+def _values(args: Any, kwargs: Any) -> Iterator[tuple[_Place, Any]]:
     """Each value within the arguments with where it is, outer ones first."""
-    waiting = [(f"args[{n}]", value) for n, value in enumerate(args or ())]
-    waiting += [(str(name), value) for name, value in (kwargs or {}).items()]
+    waiting: list[tuple[_Place, Any]] = [
+        ((None, "args[{}]", n), value) for n, value in enumerate(args or ())
+    ]
+    waiting += [((None, "{}", name), value) for name, value in (kwargs or {}).items()]
     waiting.reverse()
     seen = 0
     while waiting and seen < MOST:
-        path, value = waiting.pop()
+        place, value = waiting.pop()
         seen += 1
-        yield path, value
-        inner: list[tuple[str, Any]] = []
+        yield place, value
+        if type(value) in _HAVE_NO_KEYS:
+            continue
+        inner: list[tuple[_Place, Any]] = []
         if isinstance(value, Mapping):
-            inner = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+            inner = [((place, "[{!r}]", key), item) for key, item in value.items()]
         elif isinstance(value, list | tuple):
-            inner = [(f"{path}[{n}]", item) for n, item in enumerate(value)]
+            inner = [((place, "[{}]", n), item) for n, item in enumerate(value)]
         waiting += reversed(inner)
+
+
+def _path(place: _Place) -> str:
+    """What a reader calls it; not made for each value, for few are told."""
+    outer, step, name = place
+    return ("" if outer is None else _path(outer)) + step.format(name)
 
 
 def _kind(value: Any) -> str:

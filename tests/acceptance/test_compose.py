@@ -357,7 +357,7 @@ class Up:
                 self.check(name).returncode == 0
                 or self.processes[name].poll() is not None
             ),
-            what=lambda: f"{name} is well",
+            what=f"{name} is well",
             every_s=0.3,
         )
         assert self.processes[name].poll() in (None, 0), self.log(name)

@@ -228,7 +228,7 @@ class Settled:
                 lambda: failed <= {r["task"] for r in self.fleet.records().values()},
                 within_s=90,
                 every_s=0.5,
-                what=lambda: f"records of {failed} on {self.broker}, {self.pool}",
+                what=f"records of {failed} on {self.broker}, {self.pool}",
             )
             eventually(
                 lambda: all(

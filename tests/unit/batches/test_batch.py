@@ -515,17 +515,20 @@ def test_a_bad_item_is_named(key: Any, item: Any, shown: str) -> None:
     assert made.report["samples"][0]["id"] == shown
 
 
+@pytest.mark.parametrize("key", ["idd", lambda item: {}[item["id"]]])
 def test_a_key_that_bad_items_do_not_have_is_told_once(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, key: Any
 ) -> None:
-    """The items may be wrong, or the key: their numbers are shown."""
-    made = begun(Shelf(), key="idd")
+    """The items may be wrong, or the key: their numbers are shown, and no text."""
+    made = begun(Shelf(), key=key)
 
-    work(made, [{"id": 1}, {"id": 2}], lambda item: ValueError())
+    work(made, [{"id": "secret"}, {"id": "other"}], lambda item: ValueError())
 
     assert [it["id"] for it in made.report["samples"]] == ["#1", "#2"]
     (told,) = caplog.messages
-    assert told.startswith("batch 'rows': key='idd' names no attribute or field")
+    assert told.startswith("batch 'rows': key= names no item that goes wrong")
+    assert "KeyError" in told
+    assert "secret" not in told
 
 
 # --- failed items are kept --------------------------------------------------------------

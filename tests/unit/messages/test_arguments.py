@@ -88,6 +88,13 @@ def test_a_key_that_becomes_a_text_is_found(value: Any, key: Any) -> None:
     assert changed_keys((value,), {"counts": [{key: 1}]}, "pickle") is None
 
 
+def test_what_comes_after_hides_no_key() -> None:
+    """However much it is: it is looked for in the order of the arguments."""
+    told = changed_keys(([[{1: 2}]], [0] * (2 * MOST)), {}, "json")
+
+    assert str(told).startswith("args[0][0][0] has the key 1")
+
+
 def test_the_search_ends() -> None:
     """Large arguments do not hold their sender up."""
     looked = 0

@@ -386,6 +386,15 @@ def test_the_attributes_hold_no_control_character_either(
                 "(SIGKILL) (attempt 1, queue shop, crashes 1)"
             ),
         ),
+        (
+            Outcome.REQUEUED,
+            Reason.HARD_TIME_LIMIT,
+            {"delay_s": 4.0, "error": "the run passed its limit", "crashes": 2},
+            (
+                "task requeued: shop.ship[task-1] in 4 s: hard_time_limit: the run "
+                "passed its limit (attempt 1, queue shop, crashes 2)"
+            ),
+        ),
     ],
 )
 def test_what_comes_again_or_did_nothing_is_one_line(
