@@ -1,8 +1,12 @@
 """What other threads hold when a process is forked, a child would wait for for ever.
 
 It has one thread, and the locks that the others held are locked in it for good. SQLite
-has some for each connection and some for the whole process. Python makes the locks of
-log handlers anew in a child, but not those of the streams that they write to.
+has some for each connection and some for the whole process. kombu has one for each
+cached property of its classes, for all connections of a process
+(``kombu/utils/objects.py``, kombu 5.7): a child whose main process asked for the length
+of a queue as it was forked could publish nothing, and its first retry hung. Python makes
+the locks of log handlers anew in a child, but not those of the streams that they write
+to.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ from typing import Any
 #: Seconds that a fork waits for the threads that are inside.
 FORK_WAITS_S = 10.0
 
+#: Seconds that a fork waits for our own threads, which may wait for a server.
+THREADS_WAIT_S = 1.0
+
 #: Seconds that a fork waits for all log handlers.
 HANDLERS_WAIT_S = 2.0
 
@@ -27,7 +34,8 @@ class ForkGate:
     Lets threads in, or the process fork.
 
     Args:
-        fork_waits_s: Seconds after which it is forked all the same.
+        fork_waits_s: Seconds after which it is forked all the same; who is inside then
+            is waited for no more, until it has left.
     """
 
     def __init__(self, fork_waits_s: float = FORK_WAITS_S) -> None:
@@ -79,16 +87,18 @@ class ForkGate:
             visits[own] -= 1
             if not visits[own]:
                 del visits[own]
+                self._slow.discard(own)
                 if self._forks:
                     self._changed.notify_all()
 
     def _close(self) -> None:
-        own = threading.get_ident()
+        own, slow = threading.get_ident(), self._slow
         with self._changed:
             self._forks += 1
-            self._changed.wait_for(
-                lambda: self._visits.keys() <= {own}, timeout=self._fork_waits_s
-            )
+            if not self._changed.wait_for(
+                lambda: self._visits.keys() - slow <= {own}, timeout=self._fork_waits_s
+            ):
+                slow |= self._visits.keys() - {own}
 
     def _open(self) -> None:
         with self._changed:
@@ -98,6 +108,7 @@ class ForkGate:
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._visits: dict[int, int] = {}
+        self._slow: set[int] = set()
         self._forks = 0
 
 
@@ -150,6 +161,10 @@ _handlers_held = HandlersHeld()
 
 #: SQLite's, of this process.
 sqlite_gate = ForkGate()
+
+#: That of our own threads, whatever they do. The last that is registered, it is closed
+#: first: a thread that is waited for may use SQLite.
+thread_gate = ForkGate(THREADS_WAIT_S)
 
 
 def hold_handlers_at_forks() -> None:

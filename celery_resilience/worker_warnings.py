@@ -9,6 +9,7 @@ from typing import Any
 
 from celery_resilience import _celery, _celery_worker
 from celery_resilience.errors import ResilienceError
+from celery_resilience.forks import thread_gate
 from celery_resilience.install import Installation
 from celery_resilience.task import ResilientTask
 
@@ -82,9 +83,10 @@ class WorkerWarnings:
 
     def _look_at_key_store(self) -> None:
         try:
-            store = self._installation.key_store()
-            for weakness in () if store is None else store.weaknesses():
-                logger.warning("idempotency keys may be forgotten: %s", weakness)
+            with thread_gate.inside():
+                store = self._installation.key_store()
+                for weakness in () if store is None else store.weaknesses():
+                    logger.warning("idempotency keys may be forgotten: %s", weakness)
         except ResilienceError as exc:
             logger.warning("idempotency keys: %s", exc)
 

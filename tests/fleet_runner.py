@@ -60,10 +60,11 @@ class Fleet:
         return self.app.tasks[name].apply_async(args, **options)
 
     def notes(self, event: str | None = None) -> list[list[Any]]:
-        """The ledger's lines, of one event or all."""
+        """The ledger's lines, of one event or all; not one that is being written."""
         if not self.ledger.exists():
             return []
-        lines = [json.loads(line) for line in self.ledger.read_text().splitlines()]
+        written, _, _ = self.ledger.read_text().rpartition("\n")
+        lines = [json.loads(line) for line in written.splitlines()]
         return [line for line in lines if event is None or line[0] == event]
 
     def runs(self, task_id: str) -> int:

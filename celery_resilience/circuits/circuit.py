@@ -7,13 +7,13 @@ ago, and its outcome waits for the thread that tells the store of several at onc
 from __future__ import annotations
 
 import contextlib
-import random
 import secrets
 from collections.abc import Callable
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from celery_resilience.chance import chance
 from celery_resilience.circuits import policy
 from celery_resilience.circuits.options import CircuitOptions
 from celery_resilience.circuits.page import Note
@@ -221,7 +221,7 @@ class Circuit:
                 generation=permit.generation,
                 is_success=is_success,
                 now=now,
-                chance=random.random(),
+                chance=chance(),
                 retry_after_s=retry_after_s,
             )
             return after, None

@@ -7,7 +7,6 @@ seen, several at once.
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import time
 import weakref
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from threading import Event, Lock, Thread
 
+from celery_resilience.chance import between, chance
 from celery_resilience.circuits import pausing, policy
 from celery_resilience.circuits.circuit import (
     FRESH_S,
@@ -33,6 +33,7 @@ from celery_resilience.circuits.store import CircuitStore, Stored
 from celery_resilience.circuits.telling import tell_change
 from celery_resilience.deadline import answer_within
 from celery_resilience.errors import ResilienceError, StoreUnavailable, TooBusy
+from celery_resilience.forks import thread_gate
 from celery_resilience.threads import start_deaf
 
 #: Seconds between two reads of what is used.
@@ -295,7 +296,7 @@ class Circuits:
             self._read(store, [circuit])
         for tried in range(TRIES):
             if tried >= QUICK_TRIES:
-                time.sleep(random.uniform(0, 0.001 * tried))
+                time.sleep(between(0, 0.001 * tried))
             seen, before = circuit.note.stored, circuit.state
             now = circuit.store_now()
             after, result = change(before, now)
@@ -350,7 +351,8 @@ class Circuits:
             self._wake.wait(POLL_S if is_busy else None)
             self._wake.clear()
             try:
-                is_busy = self._work()
+                with thread_gate.inside():
+                    is_busy = self._work()
             except Exception as exc:
                 is_busy = True
                 self._went_away(exc)
@@ -392,7 +394,7 @@ class Circuits:
     def _tell(self, circuit: Circuit, report: Report) -> None:
         def change(state: State, now: float) -> tuple[State, None]:
             after = policy.count(
-                state, circuit.options, report, now=now, chance=random.random()
+                state, circuit.options, report, now=now, chance=chance()
             )
             return after, None
 

@@ -12,6 +12,7 @@ from celery_resilience.circuits.circuit import Circuit, Permit
 from celery_resilience.circuits.options import CircuitOptions
 from celery_resilience.deadline import answer_within
 from celery_resilience.errors import ConfigurationError, StoreUnavailable
+from celery_resilience.forks import thread_gate
 from celery_resilience.retry_after import retry_after_of
 from celery_resilience.threads import start_deaf
 
@@ -117,4 +118,5 @@ class Prober:
             said = f"raised {type(raised).__name__}: {raised}"
         if not is_up:
             logger.info("circuit %s: the probe %s %s", circuit.name, name, said)
-        circuit.leave(permit, is_up, None if exc is None else retry_after_of(exc))
+        with thread_gate.inside():
+            circuit.leave(permit, is_up, None if exc is None else retry_after_of(exc))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from celery.exceptions import Retry
 
+from celery_resilience.chance import chance
 from celery_resilience.circuits.circuit import check_name
 from celery_resilience.circuits.fleet import Circuits
 from celery_resilience.errors import (
@@ -215,7 +215,7 @@ def when_open(
     turn_s = None
     if exc.generation:  # not of a pybreaker of the app's own
         turn_s = breakers.get(exc.name).return_in_s(exc)
-    wait_s = snooze_s(exc.retry_after_s, turn_s, random.random(), visible_s)
+    wait_s = snooze_s(exc.retry_after_s, turn_s, chance(), visible_s)
     # What Celery and billiard leave of the run before, if that was snoozed too: a ring
     # with 300 KB of numbers, which Python does not count as garbage, so that a child
     # grew by 200 MB in an outage (``einfo.py``, billiard 4.3: `co_positions`).

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from celery_resilience.chance import between
 from celery_resilience.errors import (
     AlreadyDone,
     AlreadyRunning,
@@ -150,7 +150,7 @@ def runs_again(call: Call, begun: Begun) -> bool:
 def look_again_s(snoozes: int, longest_s: float) -> float:
     """Seconds until a message looks at its key again: longer each time, and spread."""
     whole_s: float = min(FIRST_LOOK_S * 2 ** min(snoozes, 16), longest_s)
-    return whole_s * random.uniform(0.75, 1.0)
+    return whole_s * between(0.75, 1.0)
 
 
 def snoozed(call: Call) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
 from collections.abc import Callable
 from threading import Condition, Thread
 
+from celery_resilience.chance import between
 from celery_resilience.errors import ResilienceError
 from celery_resilience.events import emit
+from celery_resilience.forks import thread_gate
 from celery_resilience.idempotency.record import Claim
 from celery_resilience.idempotency.store import KeyStore
 from celery_resilience.threads import start_deaf
@@ -50,7 +51,7 @@ class Heartbeat:
         self._changed = Condition()
         self._thread: Thread | None = None
         self._interval_s = float("inf")
-        self._purge_at = time.monotonic() + random.uniform(0.5, 1.0) * PURGE_EVERY_S
+        self._purge_at = time.monotonic() + between(0.5, 1.0) * PURGE_EVERY_S
 
     def add(self, claim: Claim) -> None:
         """Renew the lease of *claim* until it is removed."""
@@ -85,7 +86,8 @@ class Heartbeat:
                 claims = list(self._claims.values())
             for work in (self._renew, self._purge):
                 try:
-                    work(claims)
+                    with thread_gate.inside():
+                        work(claims)
                 except ResilienceError as exc:
                     logger.warning("keys are not looked after: %s", exc)
                 except Exception:
@@ -108,7 +110,7 @@ class Heartbeat:
         store = self._store()
         if store is None or time.monotonic() < self._purge_at:
             return
-        self._purge_at = time.monotonic() + random.uniform(0.5, 1.0) * PURGE_EVERY_S
+        self._purge_at = time.monotonic() + between(0.5, 1.0) * PURGE_EVERY_S
         for _batch in range(PURGES):
             if store.purge(PURGE_LIMIT) < PURGE_LIMIT:
                 return

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from celery_resilience.events import observe
+from celery_resilience.forks import thread_gate
 from celery_resilience.message import KEY
 from celery_resilience.outcome import EVENTS, Outcome, Settlement
 
@@ -49,4 +50,5 @@ class FreesReservations:
         while True:
             settlement = self._waiting.get()
             name = settlement.marks[KEY][0]
-            self._release(name, settlement.task, settlement.task_id)
+            with thread_gate.inside():
+                self._release(name, settlement.task, settlement.task_id)

@@ -15,6 +15,7 @@ from celery_resilience import _celery_worker, _pools, threads
 from celery_resilience._kombu import messages_in
 from celery_resilience.draining import SharedFlags, unshare
 from celery_resilience.events import emit, observe
+from celery_resilience.forks import thread_gate
 from celery_resilience.lifecycle.drain import Asked, Drain, Timekeeper
 from celery_resilience.lifecycle.health import Since
 from celery_resilience.lifecycle.policy import (
@@ -240,7 +241,7 @@ class Lifecycle:
         # With those that are paused just now.
         self._consumed.update(app.amqp.queues.consume_from)
         try:
-            with app.connection_for_read() as connection:
+            with thread_gate.inside(), app.connection_for_read() as connection:
                 return not messages_in(connection, self._consumed)
         except Exception as exc:
             # Away, perhaps: then nobody knows.

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from celery_resilience.errors import ConfigurationError
+from celery_resilience.forks import thread_gate
 from celery_resilience.lifecycle.health import Answer
 from celery_resilience.threads import start_deaf
 
@@ -128,17 +129,19 @@ class _Handler(BaseHTTPRequestHandler):
             paths = sorted([*self.answers, *self.pages])
             self._send(HTTPStatus.NOT_FOUND, {"paths": paths})
             return
-        answer = ask()
+        with thread_gate.inside():
+            answer, facts = ask(), type(self).facts()
         status = HTTPStatus.OK if answer.is_well else HTTPStatus.SERVICE_UNAVAILABLE
         name = path.strip("/")
         body = {name: answer.is_well, "reasons": list(answer.reasons)}
-        self._send(status, {**body, **type(self).facts()})
+        self._send(status, {**body, **facts})
 
     do_HEAD = do_GET
 
     def _show(self, show: Callable[[str], tuple[str, bytes]]) -> None:
         try:
-            kind, data = show(", ".join(self.headers.get_all("Accept", ())))
+            with thread_gate.inside():
+                kind, data = show(", ".join(self.headers.get_all("Accept", ())))
         except Exception:
             logger.exception("cannot show %s", self.path)
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "see the log"})

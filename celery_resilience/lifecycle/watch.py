@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery_resilience import _celery_worker, _pools
+from celery_resilience.forks import thread_gate
 from celery_resilience.lifecycle.health import Answer, Seen, Since, live, ready
 from celery_resilience.lifecycle.processes import can_answer
 from celery_resilience.redaction import safe_text
@@ -79,13 +80,14 @@ class HealthWatch:
         pool = self._lifecycle.worker.pool
         ended = self._lifecycle.drain.has_ended
         while not ended.wait(TICK_S):
-            pids = _pools.children_of(pool)
-            is_stuck = bool(pids) and not any(map(can_answer, pids))
-            now = time.monotonic()
-            self._stuck_s = self._stuck.look(is_stuck, now)
-            if self._ask_store is not None and now - asked_at >= STORE_S:
-                asked_at = now
-                self._look_at_store(self._ask_store)
+            with thread_gate.inside():
+                pids = _pools.children_of(pool)
+                is_stuck = bool(pids) and not any(map(can_answer, pids))
+                now = time.monotonic()
+                self._stuck_s = self._stuck.look(is_stuck, now)
+                if self._ask_store is not None and now - asked_at >= STORE_S:
+                    asked_at = now
+                    self._look_at_store(self._ask_store)
 
     def _look_at_store(self, ask: Callable[[], None]) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from celery.exceptions import Ignore, Retry
 
 from celery_resilience import _celery
+from celery_resilience.chance import chance
 from celery_resilience.errors import (
     ConfigurationError,
     RetryByRule,
@@ -62,7 +62,7 @@ class TaskRules:
         budgets: Callable[[], Budgets],
         max_wait_s: Callable[[], float],
         clock: Callable[[], float] = time.time,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = chance,
     ) -> None:
         self.rules = tuple(rules)
         named = [rule.budget for rule in rules if isinstance(rule, On) and rule.budget]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import NamedTuple, Protocol
 
+from celery_resilience.chance import chance
 from celery_resilience.errors import BrokerUnavailable, PublishRefused
 from celery_resilience.events import emit
+from celery_resilience.forks import thread_gate
 from celery_resilience.message import OriginalMessage
 from celery_resilience.packing import message_from_text, message_to_text
 from celery_resilience.shelf import policy
@@ -104,7 +105,7 @@ class Shelf:
     def start(self) -> None:
         """Begin to look for what is due."""
         if self._thread is None:
-            self._look_at = self._clock() + policy.FIRST_S * random.random()
+            self._look_at = self._clock() + policy.FIRST_S * chance()
             self._thread = start_deaf(self._run, "shelf")
 
     def put(
@@ -168,11 +169,13 @@ class Shelf:
             StoreUnavailable: The store did not answer.
         """
         while self._waiting and not self._is_stopping:
-            self._keep()
+            with thread_gate.inside():
+                self._keep()
         if self._clock() >= self._look_at and not self._is_stopping:
             store = self._get_store()
             self._forget(store)
-            claimed = store.claim(CLAIM, LEASE_S)
+            with thread_gate.inside():
+                claimed = store.claim(CLAIM, LEASE_S)
             self.left = claimed.others + len(claimed.messages)
             self._is_back()
             self._publish(store, claimed)
@@ -218,7 +221,8 @@ class Shelf:
                 if self._is_stopping:
                     break
                 try:
-                    self._publisher.publish(message_from_text(it.text))
+                    with thread_gate.inside():
+                        self._publisher.publish(message_from_text(it.text))
                 except BrokerUnavailable as exc:
                     logger.warning("snoozed messages wait for the broker: %s", exc)
                     wait_s = AWAY_S
@@ -235,7 +239,7 @@ class Shelf:
                 self._forget(store)
                 emit("shelf.emptied", messages=len(published), left=claimed.others)
         if wait_s is None:
-            wait_s = policy.look_again_in_s(claimed.next_due_s, random.random())
+            wait_s = policy.look_again_in_s(claimed.next_due_s, chance())
             if len(claimed.messages) == CLAIM:
                 wait_s = 0.0
         self._look_at = self._clock() + wait_s
@@ -244,7 +248,8 @@ class Shelf:
         """Remove what must not be published, or not again."""
         ids = list(self._unwanted)
         for start in range(0, len(ids), CLAIM):
-            store.remove(ids[start : start + CLAIM])
+            with thread_gate.inside():
+                store.remove(ids[start : start + CLAIM])
             for _ in ids[start : start + CLAIM]:
                 with contextlib.suppress(IndexError):
                     self._unwanted.popleft()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,6 +34,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import ColumnElement
 
 from celery_resilience import own_connections
+from celery_resilience.chance import between
 from celery_resilience.errors import (
     MissingExtra,
     SchemaMismatch,
@@ -185,7 +185,7 @@ class SqlDatabase:
                         raise
                     if time.monotonic() > deadline:
                         raise
-                time.sleep(random.uniform(0, min(0.3, 0.005 * 2**tried)))
+                time.sleep(between(0, min(0.3, 0.005 * 2**tried)))
         raise AssertionError("the last try returns or raises")
 
     def now(self) -> ColumnElement[float]:

@@ -18,6 +18,7 @@ from celery import bootsteps
 from celery_resilience import _celery_worker, _kombu, _pools
 from celery_resilience.draining import is_draining
 from celery_resilience.events import observe
+from celery_resilience.forks import thread_gate
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.exits import WhyEnded, exit_reason
 from celery_resilience.telemetry.metrics import Metrics
@@ -169,7 +170,8 @@ class WorkerMetrics:
 
     def _tick(self) -> None:
         while not self._has_ended.wait(TICK_S):
-            self.metrics.tick()
+            with thread_gate.inside():
+                self.metrics.tick()
 
     def _queue_paused(self, queue: str) -> None:
         """It is not empty because nobody consumes it, perhaps from the start."""

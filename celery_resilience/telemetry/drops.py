@@ -7,6 +7,7 @@ from collections.abc import Callable
 from threading import Event
 
 from celery_resilience.events import emit
+from celery_resilience.forks import thread_gate
 from celery_resilience.telemetry.shared_counts import SharedCounts
 from celery_resilience.threads import start_deaf
 
@@ -55,7 +56,8 @@ class Drops:
 
         def run() -> None:
             while not self._has_ended.wait(LOOK_S):
-                self.tell()
+                with thread_gate.inside():
+                    self.tell()
 
         start_deaf(run, "telemetry-drops")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Event
 
+from celery_resilience.forks import thread_gate
 from celery_resilience.telemetry.instruments import Instrument
 from celery_resilience.telemetry.series import Labels
 
@@ -46,7 +47,8 @@ class Probe:
     def run(self, has_ended: Event) -> None:
         """Ask until *has_ended*; a thread's."""
         while True:
-            self.ask_once()
+            with thread_gate.inside():
+                self.ask_once()
             if has_ended.wait(EVERY_S):
                 return
 

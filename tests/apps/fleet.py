@@ -126,7 +126,7 @@ def _register_late(app: Celery, base: Any, conf: dict[str, Any]) -> None:
 
 
 def note(event: str, *facts: Any) -> None:
-    """Append a line to the ledger, whole or not at all."""
+    """Append a line to the ledger; it is written when its end is."""
     line = json.dumps([event, *facts]) + "\n"
     ledger = os.environ.get("FLEET_LEDGER")
     if ledger:

@@ -69,7 +69,7 @@ def test_a_thousand_tasks_are_counted_exactly(
     eventually(
         lambda: page.sum(OUTCOMES, task="metered") >= total,
         within_s=400,
-        what="all are counted",
+        what=lambda: f"{wanted}: {page.by(OUTCOMES, 'outcome', task='metered')}",
         every_s=2,
     )
 
@@ -93,6 +93,26 @@ def test_a_thousand_tasks_are_counted_exactly(
     assert exits["signal"] == 20
     assert exits["recycled"] > 100
     assert worker.stop() == 0
+
+
+def test_a_child_that_is_forked_amid_a_question_can_publish(
+    make_fleet: FleetMaker, page: MetricsPage
+) -> None:
+    """The thread that asks for lengths of queues holds locks of kombu's then."""
+    asks_always = {"celery_resilience.telemetry.probes.EVERY_S": 0.01}
+    fleet = make_fleet("redis", fleet_constants=asks_always)
+    fleet.worker("--max-tasks-per-child", "1", *page.flags, concurrency=4)
+
+    for _ in range(100):
+        fleet.send("metered", "retry_once", ignore_result=True)
+
+    wanted = {"retried": 100, "succeeded": 100}
+    eventually(
+        lambda: page.by(OUTCOMES, "outcome", task="metered") == wanted,
+        within_s=120,
+        what=lambda: str(page.by(OUTCOMES, "outcome", task="metered")),
+        every_s=1,
+    )
 
 
 def send_all(fleet: Fleet) -> None:

@@ -233,6 +233,13 @@ def test_a_patch_would_be_seen(source: str, patched: list[str]) -> None:
     assert patched_names(ast.parse(source)) == patched
 
 
+@pytest.mark.parametrize("name", list(TREES))
+def test_no_wait_is_of_the_apps_own_numbers(name: str) -> None:
+    """An app that seeds `random` would have all its workers wait alike."""
+    found = {module.split(".")[0] for module, _ in imports_of(TREES[name])}
+    assert "random" not in found or name == "chance.py"
+
+
 # --- optional libraries ---------------------------------------------------------------
 
 
