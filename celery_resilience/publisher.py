@@ -19,6 +19,7 @@ from kombu import Connection, Producer, Queue
 from celery_resilience._kombu import is_closed, lost_connection_errors, queue_arguments
 from celery_resilience._kombu_redis import put_once, reuse_client
 from celery_resilience.errors import BrokerUnavailable, NoRoute, PublishRefused
+from celery_resilience.forks import thread_gate
 from celery_resilience.message import TRANSPORT_PROPERTIES, OriginalMessage
 
 logger = logging.getLogger("celery_resilience.publisher")
@@ -58,7 +59,8 @@ class Publisher:
                 queue is full or the message too large.
             BrokerUnavailable: No answer; the message may or may not be there.
         """
-        with self._lock:
+        # A pool without an event loop forks in another thread than that of the results.
+        with thread_gate.inside(), self._lock:
             if self._connection is not None and is_closed(self._connection):
                 self._drop()  # it has died of idleness
             self._publish_once(message, declare)

@@ -2,10 +2,10 @@
 Starts Python in a process that has imported Celery already, or Django too.
 
 Two thirds of what a small test costs is the start of interpreters. A server, which is
-this file as a program, has imported what every worker imports of others' packages and
-has no thread; it forks for each start. The process is a child of the test's own, in a
-session, folder and environment of its own, and imports celery_resilience and the test's
-app itself. What needs a new interpreter is started with `subprocess` (see `can_be_warm`).
+this file as a program, has imported what every worker imports and has no thread; it
+forks for each start. The process is a child of the test's own, in a session, folder and
+environment of its own, and imports the test's app itself. What needs a new interpreter
+is started with `subprocess` (see `can_be_warm`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -26,12 +27,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Of other packages only, and nothing that others replace when they are set up: Sentry
-#: does so with parts of `celery.worker` and `celery.app.trace`.
+#: Importing ours turns nothing on, of which `unit/test_house.py` makes sure.
 IMPORTED = (
     *("celery", "celery.bin.celery", "celery.canvas", "celery.app.control"),
     *("kombu.transport.redis", "kombu.transport.pyamqp", "kombu.transport.filesystem"),
     *("click", "psutil", "pybreaker", "redis", "sqlalchemy"),
+    *("celery.apps.worker", "celery.concurrency.prefork", "celery.worker.consumer"),
+    *("celery_resilience.command", "celery_resilience.worker"),
 )
 
 #: Of a project of Django: what `manage.py` imports before it knows its settings.
@@ -162,6 +164,8 @@ def main() -> None:
     for name in sys.argv[2:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # billiard collects before each fork of a child
     server.send(b"ready")
     while True:
         text, fds, _, _ = socket.recv_fds(server, _MAX_REQUEST, 3)

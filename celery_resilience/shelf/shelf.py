@@ -221,8 +221,7 @@ class Shelf:
                 if self._is_stopping:
                     break
                 try:
-                    with thread_gate.inside():
-                        self._publisher.publish(message_from_text(it.text))
+                    self._publisher.publish(message_from_text(it.text))
                 except BrokerUnavailable as exc:
                     logger.warning("snoozed messages wait for the broker: %s", exc)
                     wait_s = AWAY_S

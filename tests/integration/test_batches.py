@@ -116,6 +116,35 @@ def test_a_deploy_a_kill_and_a_retry_go_on_with_the_batch(
     assert first.outcomes()["snoozed"] == 1
 
 
+@pytest.mark.parametrize("pool", ["threads", "gevent", "solo"])
+def test_every_pool_has_batches(
+    make_fleet: FleetMaker, tmp_path: Path, pool: str
+) -> None:
+    """Threads that help, an open circuit, a retry and a deploy are as in a child."""
+    fleet = make_fleet("redis", resilience_circuits={"bank": QUICK})
+    first = fleet.worker(pool=pool, concurrency=4)
+    down, gate = tmp_path / "down", tmp_path / "gate"
+    down.touch()
+
+    _threads_wait_together(fleet)
+    _an_open_circuit_snoozes_it(fleet, down)
+    retried = fleet.send("import_slowly", 60, 25, "", "retry")
+    assert counts(report_of(fleet, retried)) == (60, 0, 0)
+    assert rows_of(fleet, retried.id) == [*range(26), *range(25, 60)]
+
+    deployed = fleet.send("import_slowly", 60, 25, str(gate))
+    eventually(lambda: rows_of(fleet, deployed.id)[-1:] == [25])
+    first.signal(signal.SIGTERM)
+    eventually(lambda: "stopping (SIGTERM)" in first.text, within_s=10)
+    gate.touch()
+    assert first.wait(within_s=20) == 0
+    fleet.worker(pool=pool, concurrency=4)
+
+    assert counts(report_of(fleet, deployed)) == (60, 0, 0)
+    assert rows_of(fleet, deployed.id) == list(range(60))
+    assert len(runs_of(fleet, deployed)) == 2
+
+
 def test_what_a_batch_meets_in_a_day(
     make_fleet: FleetMaker, servers: Callable[[str], Service], tmp_path: Path
 ) -> None:

@@ -614,7 +614,11 @@ def test_a_slow_store_delays_and_loses_nothing(
 def test_a_run_asks_its_store_twice(make_fleet: FleetMaker, own_server: Any) -> None:
     """One question each before and after the body; a task without a key asks none."""
     server = own_server("redis")
-    fleet = make_fleet("redis", resilience_store_url=server.url)
+    # Snoozed messages are looked for in the same store, some time after the start.
+    looks_late = {"celery_resilience.shelf.policy.FIRST_S": 3600.0}
+    fleet = make_fleet(
+        "redis", resilience_store_url=server.url, fleet_constants=looks_late
+    )
     fleet.worker(concurrency=1)
     ends(fleet, fleet.send("charge", 0).id)
     url = server.url

@@ -99,17 +99,17 @@ def test_a_child_that_is_forked_amid_a_question_can_publish(
     make_fleet: FleetMaker, page: MetricsPage
 ) -> None:
     """The thread that asks for lengths of queues holds locks of kombu's then."""
-    asks_always = {"celery_resilience.telemetry.probes.EVERY_S": 0.01}
+    asks_always = {"celery_resilience.telemetry.probes.EVERY_S": 0.001}
     fleet = make_fleet("redis", fleet_constants=asks_always)
     fleet.worker("--max-tasks-per-child", "1", *page.flags, concurrency=4)
 
-    for _ in range(100):
+    for _ in range(40):
         fleet.send("metered", "retry_once", ignore_result=True)
 
-    wanted = {"retried": 100, "succeeded": 100}
+    wanted = {"retried": 40, "succeeded": 40}
     eventually(
         lambda: page.by(OUTCOMES, "outcome", task="metered") == wanted,
-        within_s=120,
+        within_s=60,
         what=lambda: str(page.by(OUTCOMES, "outcome", task="metered")),
         every_s=1,
     )

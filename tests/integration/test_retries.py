@@ -14,7 +14,10 @@ from polling import eventually
 from services import Service
 
 #: A broker, and a pool.
-FLEETS = [("redis", "prefork"), ("rabbitmq", "prefork"), ("redis", "threads")]
+FLEETS = [
+    *(("redis", "prefork"), ("rabbitmq", "prefork")),
+    *(("redis", "threads"), ("redis", "gevent"), ("redis", "solo")),
+]
 
 
 @pytest.fixture(params=FLEETS, ids="-".join)

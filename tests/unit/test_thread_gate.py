@@ -34,6 +34,7 @@ from celery_resilience.lifecycle.server import HealthServer
 from celery_resilience.message import KEY
 from celery_resilience.outcome import Outcome
 from celery_resilience.packing import message_to_text
+from celery_resilience.publisher import Publisher
 from celery_resilience.shelf import policy as shelf_policy
 from celery_resilience.shelf.shelf import Shelf
 from celery_resilience.shelf.store import Claimed, Shelved
@@ -98,6 +99,14 @@ def warnings(held: Held, _: pytest.MonkeyPatch) -> Callable[[], object]:
     its = WorkerWarnings(SimpleNamespace(app=None, key_store=held))  # type: ignore[arg-type]
     threading.Thread(target=its._look_at_key_store).start()
     return Event
+
+
+def publisher(held: Held, monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """A failed task's message is published, in the thread that reads the results."""
+    its = Publisher(None)
+    monkeypatch.setattr(its, "_publish_once", held)
+    threading.Thread(target=its.publish, args=(a_message(),)).start()
+    return its.close
 
 
 def circuits(held: Held, monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
@@ -175,17 +184,16 @@ def held_then(held: Held, answer: Any) -> Callable[..., Any]:
 def shelf(
     where: str, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], object]:
-    """Snoozed messages are stored, taken, published and forgotten."""
+    """Snoozed messages are stored, taken and forgotten."""
     message = send_again(a_message(), delay_s=0, marks={"waits_since": 1.0})
     due = [Shelved("id", message_to_text(message))]
-    trips: dict[str, Any] = {"put": None, "claim": Claimed(due, None, 0)}
-    trips |= {"publish": None, "remove": None}
+    trips = {"put": None, "claim": Claimed(due, None, 0), "remove": None}
     done = {
         name: held_then(held if name == where else dict, answer)
         for name, answer in trips.items()
     }
     store = SimpleNamespace(**done)
-    publisher = SimpleNamespace(publish=done["publish"], close=dict)
+    publisher = SimpleNamespace(publish=held_then(dict, None), close=dict)
     monkeypatch.setattr(shelf_policy, "FIRST_S", 0.0)
     its = Shelf(lambda: store, publisher)  # type: ignore[arg-type, return-value]
     its.start()
@@ -197,15 +205,13 @@ BEGINNINGS: dict[str, Begin] = {
     it.__name__: it
     for it in (
         *(probe, drops, metrics, heartbeat, reservations, warnings),
-        *(circuits, circuit_probe, watches, stop_conditions),
+        *(publisher, circuits, circuit_probe, watches, stop_conditions),
     )
 }
 BEGINNINGS |= {
     f"page {it}": partial(served, it) for it in ("/live", "/ready", "/metrics")
 }
-BEGINNINGS |= {
-    f"shelf {it}": partial(shelf, it) for it in ("put", "claim", "publish", "remove")
-}
+BEGINNINGS |= {f"shelf {it}": partial(shelf, it) for it in ("put", "claim", "remove")}
 
 
 @pytest.mark.parametrize("name", BEGINNINGS)
