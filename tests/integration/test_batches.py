@@ -142,7 +142,7 @@ def test_every_pool_has_batches(
 
     assert counts(report_of(fleet, deployed)) == (60, 0, 0)
     assert rows_of(fleet, deployed.id) == list(range(60))
-    assert len(runs_of(fleet, deployed)) == 2
+    assert runs_of(fleet, deployed)[:2] == [0, 0]
 
 
 def test_what_a_batch_meets_in_a_day(
