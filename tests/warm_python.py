@@ -51,8 +51,8 @@ def can_be_warm(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     """
     Whether a process may be forked that has imported Celery.
 
-    Not where the modules are replaced by greenlets' first, and not where Sentry or
-    OpenTelemetry are set up before they are imported.
+    Not where the modules are replaced by greenlets' first, not where Sentry or
+    OpenTelemetry are set up before they are imported, and not with `fleet_cold`.
     """
     conf = environment.get("FLEET_CONF", "")
     return (
@@ -62,6 +62,7 @@ def can_be_warm(command: Sequence[str], environment: Mapping[str, str]) -> bool:
         and not any(word.endswith(("gevent", "eventlet")) for word in command)
         and "fleet_sentry" not in conf
         and "fleet_spans" not in conf
+        and "fleet_cold" not in conf
     )
 
 

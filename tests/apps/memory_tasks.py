@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -22,6 +23,12 @@ def memory_mib() -> float:
     """What this process has, resident."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def private_kib() -> int:
+    """What this process shares with no other."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.partition("Private_Dirty:")[2].split()[0])
 
 
 def lift() -> None:
@@ -68,6 +75,12 @@ def register(
         started(self)
         take(mib, kept)
         ended(self)
+
+    @task(name="collect_garbage")
+    def collect_garbage(self: Any) -> None:
+        note("private_kib", private_kib())
+        gc.collect()
+        note("private_kib", private_kib())
 
     @task(name="spike")
     def spike(self: Any, mib: int) -> None:

@@ -66,6 +66,22 @@ def test_a_recycled_childs_slot_is_free_at_once(make_fleet: FleetMaker) -> None:
     assert gaps(fleet)[-1] < 4
 
 
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_childs_collection_copies_nothing_of_the_main_process(
+    make_fleet: FleetMaker, is_plain: bool
+) -> None:
+    """With plain Celery it writes to each object that it shares."""
+    fleet = make_fleet("redis", is_plain=is_plain, fleet_cold=True)
+    fleet.worker(concurrency=1)
+
+    fleet.send("collect_garbage")
+
+    before, after = eventually(
+        lambda: found if len(found := fleet.notes("private_kib")) == 2 else None
+    )
+    assert (after[1] - before[1] < 2_048) != is_plain
+
+
 @pytest.mark.parametrize(
     ("broker", "is_late", "every", "count"),
     [
