@@ -333,6 +333,16 @@ def is_prefork(pool: Any) -> bool:
     return isinstance(getattr(pool, "_pool", None), BilliardPool)
 
 
+def slots_of(pool: Any) -> int:
+    """
+    How many runs a worker's pool has at once, at most.
+
+    gevent's `num_processes` is how many it has just now (``concurrency/gevent.py:145``,
+    Celery 5.5).
+    """
+    return int(pool.num_processes if is_prefork(pool) else pool.limit)
+
+
 def end_child(pool: Any, pid: int) -> None:
     """
     Kill a child; the pool takes its job for terminated (``pool.py:1642``, billiard 4.3).

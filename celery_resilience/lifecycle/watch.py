@@ -66,7 +66,7 @@ class HealthWatch:
             waiting = _celery_worker.unaccepted_requests() - self._waiting_at_gate()
         except RuntimeError:
             waiting = set()  # they change, so that something goes on
-        is_free = _celery_worker.running_tasks() < pool.num_processes
+        is_free = _celery_worker.running_tasks() < _pools.slots_of(pool)
         waits = bool(waiting) and is_free and accepted == self._accepted
         self._accepted = accepted
         self._waits_s = self._waits.look(waits, time.monotonic())

@@ -207,7 +207,7 @@ class WorkerMetrics:
             yield (task,), float(running[task])
 
     def _slots(self) -> Iterator[tuple[Labels, float]]:
-        yield (), float(self._worker.pool.num_processes)
+        yield (), float(_pools.slots_of(self._worker.pool))
 
     def _exited(self, pid: int, code: int, is_recycled: bool, is_meant: bool) -> None:
         labels = exit_reason(

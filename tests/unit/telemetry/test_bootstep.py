@@ -11,6 +11,7 @@ import pytest
 from celery import Celery
 from opentelemetry import metrics as otel
 
+from celery_resilience._pools import slots_of
 from celery_resilience.events import emit
 from celery_resilience.telemetry import instruments as i
 from celery_resilience.telemetry.bootstep import OTEL_SDK, Questions, WorkerMetrics
@@ -99,3 +100,8 @@ def test_a_worker_without_a_provider_asks_and_counts_nothing(
     emit("circuits.opened")
     assert not metrics.metrics._notes
     metrics.ended()
+
+
+def test_the_slots_of_gevent_are_what_it_may_run() -> None:
+    """Before Celery 5.7 it tells how many greenlets it has just now."""
+    assert slots_of(SimpleNamespace(limit=8, num_processes=3)) == 8
