@@ -54,7 +54,6 @@ from celery_resilience.lifecycle.policy import StopConditions
 from celery_resilience.memory import signals as memory_signals
 from celery_resilience.memory.bootstep import MemorySetup, memory_step
 from celery_resilience.memory.container import Container, find_container, whole_kib
-from celery_resilience.memory.freezing import freeze_before_the_first_fork
 from celery_resilience.memory.policy import share_of
 from celery_resilience.memory.reading import find_eyes
 from celery_resilience.memory.slots import Slots
@@ -422,7 +421,7 @@ class WorkerSetup:
         )
         uid = f"celery_resilience-{id(self.app)}"
         memory_signals.attach(around, recycle_kib, uid)
-        freeze_before_the_first_fork(uid)
+        memory_signals.freeze_before_the_first_fork(uid)
         replace_step(self.app, "consumer", memory_step(setup))
         return setup
 
