@@ -252,7 +252,8 @@ os._exit(0)
 def test_a_child_may_log_whoever_logged_as_it_was_forked(how: str) -> None:
     """A thread of Sentry's or of the app's own; without us, some child hangs."""
     done = subprocess.run(
-        [sys.executable, "-c", LOGGING, how],
+        # Python 3.12 warns of what is tried here.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", LOGGING, how],
         capture_output=True,
         text=True,
         check=False,
