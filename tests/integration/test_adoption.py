@@ -16,6 +16,8 @@ from fleet_runner import Fleet
 from polling import eventually
 
 QUICK_REDIS = {
+    # A worker that is killed as it looks for messages of dead ones bars the others.
+    "unacked_mutex_expire": 2,
     "visibility_timeout": 3,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,

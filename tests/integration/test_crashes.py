@@ -16,6 +16,8 @@ from tcp_proxy import proxy_to, url_through
 from celery_resilience.message import HEADER
 
 QUICK_REDIS = {
+    # A worker that is killed as it looks for messages of dead ones bars the others.
+    "unacked_mutex_expire": 2,
     "visibility_timeout": 3,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,

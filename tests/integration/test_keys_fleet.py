@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import FleetMaker
-from integration.test_keys import counts, ends, fleet_of
+from integration.test_keys import counts, ends, fleet_of, logs
 from polling import eventually
 
 from celery_resilience.idempotency.record import KeyState
@@ -54,7 +54,7 @@ def test_a_cold_stop_loses_nothing_and_holds_no_key(
 
     assert counts(fleet, "slept") == {}
     fleet.worker(concurrency=1)
-    eventually(lambda: fleet.runs(task_id) == 2, within_s=20)
+    eventually(lambda: fleet.runs(task_id) == 2, within_s=20, what=lambda: logs(fleet))
     other = fleet.send("keyed_sleep", "a", 4.0).id
     assert ends(fleet, task_id, other) == ["a", "a"]
     assert counts(fleet, "slept") == {"a": 1}
